@@ -1,0 +1,59 @@
+"""All that one forward pass sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from strobe.attention.problem import Paged
+from strobe.models.config import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class KvTensors:
+    """The paged key-value cache of all layers: k and v `[layers, pages, page_size, kv_heads, head_dim]`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, pages: int, page_size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> KvTensors:
+        """Room for `pages * page_size` tokens, zeroed: a page that was never written holds no NaN."""
+        shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's tokens of all its rows, end to end, and where their keys and values live.
+
+    `token_ids` and `positions` are int64 `[tokens]`. `slots` int64 `[tokens]` says where each token's
+    key and value go: `page * page_size + offset`. `layout.seq_lens` counts a row's keys with this
+    step's tokens. Where every row brings equally many tokens (a decode step: one) leave
+    `layout.cu_seqlens_q` None, and attention sees q as `[batch, q_len, heads, head_dim]`; else it is
+    the running sum of the rows' tokens, and q is packed. `logits_at` int64 `[n]` are the indices of
+    the tokens whose logits are wanted. All tensors are on the model's device; the forward pass reads
+    none of them on the host, given `layout.max_q_len` (where packed) and `layout.max_kv_len`.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    layout: Paged
+    logits_at: torch.Tensor
+    kv_cache: KvTensors
+    attention_kernel: str = "auto"
+    linear_kernel: str = "auto"
+
+    def rows(self, q: torch.Tensor) -> torch.Tensor:
+        """q `[tokens, heads, head_dim]` as the layout's attention takes it; a view."""
+        if self.layout.cu_seqlens_q is not None:
+            return q
+        return q.unflatten(0, (self.layout.page_table.shape[0], -1))

@@ -1,0 +1,129 @@
+"""What a network is: its sizes and kinds, the same for every checkpoint format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from strobe.errors import CheckpointError
+
+ARCHITECTURES = ("llama", "gpt2")
+ROPE_SCALINGS = ("none", "linear", "llama3")
+
+_LARGEST = {
+    "layers": 4096,
+    "hidden": 1 << 20,
+    "intermediate": 1 << 22,
+    "q_heads": 1 << 14,
+    "kv_heads": 1 << 14,
+    "head_dim": 1 << 12,
+    "vocab_size": 1 << 24,
+    "max_position": 1 << 30,
+}
+"""Sizes past these are taken for a broken or hostile file."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and how they are stretched.
+
+    "linear" divides every frequency by `factor`. "llama3" divides by `factor` where the wavelength
+    exceeds `original_max_position / low_freq_factor`, keeps it where it is below
+    `original_max_position / high_freq_factor`, and goes smoothly from one to the other between.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.scaling not in ROPE_SCALINGS:
+            raise CheckpointError(f"rope scaling {self.scaling!r}; supported: {', '.join(ROPE_SCALINGS)}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 < value < math.inf:
+                raise CheckpointError(f"rope {name} is {value!r}; supported: a positive number")
+        if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise CheckpointError(
+                f"rope low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and kinds of one network. Built by the checkpoint readers.
+
+    "llama" is RMSNorm, rotary positions, grouped-query attention and SwiGLU: Llama, Mistral, Qwen2
+    and Qwen3 differ in the fields below. "gpt2" is LayerNorm, learned positions and a tanh-GELU MLP,
+    with a bias on every projection.
+
+    Raises:
+        CheckpointError: a field that is missing, of a wrong type, out of range, or at odds with another.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    rope: Rope | None = field(default_factory=Rope)
+    """None where positions are learned."""
+    sliding_window: int | None = None
+    """How many keys a query sees, its own included; None for all."""
+    sliding_layers: frozenset[int] | None = None
+    """The layers that `sliding_window` binds; None for every layer."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """A bias on the attention's output projection."""
+    qk_norm: bool = False
+    """RMSNorm over head_dim on each query and key head, before the rotation."""
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise CheckpointError(f"architecture {self.architecture!r}; supported: {', '.join(ARCHITECTURES)}")
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+                raise CheckpointError(f"{name} is {value!r}; supported: an integer from 1 to {largest}")
+        if not _is_number(self.norm_eps) or not 0 <= self.norm_eps < 1:
+            raise CheckpointError(f"norm_eps is {self.norm_eps!r}; supported: a number from 0 to 1")
+        if self.q_heads % self.kv_heads:
+            raise CheckpointError(f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.rope is not None and self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise CheckpointError(f"sliding_window is {window!r}; supported: None or an integer from 1")
+        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise CheckpointError(f"token id {token!r}; supported: an integer from 0")
+
+    @property
+    def q_size(self) -> int:
+        """Elements of one token's queries."""
+        return self.q_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of one token's keys, and of its values, in one layer."""
+        return self.kv_heads * self.head_dim
+
+    def window(self, layer: int) -> tuple[int, int]:
+        """A layer's attention window as `strobe.attention` takes it: (left, right), -1 for no limit."""
+        bound = self.sliding_layers is None or layer in self.sliding_layers
+        return (self.sliding_window - 1, -1) if self.sliding_window is not None and bound else (-1, -1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

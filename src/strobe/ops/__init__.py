@@ -1,0 +1,1 @@
+"""The small operations around attention: norm, rope, activation, cache writes, sampling."""
