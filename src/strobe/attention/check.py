@@ -1,0 +1,123 @@
+"""Is this output right? The bound that tests and benchmarks share.
+
+`max|out - oracle| <= 2 * max|plain - oracle| + atol`, where `plain` is matmul, softmax, matmul with
+every intermediate in the problem's dtype, and atol is twice the rounding of that dtype at the
+oracle's scale. lse within 1e-3 for 16-bit inputs, 1e-4 for float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from strobe.attention.prefill import torch_naive
+from strobe.attention.problem import AttentionProblem
+from strobe.attention.rows import Row, rows_of
+
+_LSE_ATOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-3}
+_MAX_QUERIES = 192
+"""Queries checked in each row of a large problem: its first, its last, and a random draw between."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`error` and `allowed` are absolute, over out; `lse_error` over lse (0 where none was asked for)."""
+
+    error: float
+    allowed: float
+    lse_error: float
+    lse_allowed: float
+
+    @property
+    def right(self) -> bool:
+        return self.error <= self.allowed and self.lse_error <= self.lse_allowed
+
+    def __str__(self) -> str:
+        return (
+            f"max|out - oracle| {self.error:.3g} (allowed {self.allowed:.3g}), "
+            f"max|lse - oracle| {self.lse_error:.3g} (allowed {self.lse_allowed:.3g})"
+        )
+
+
+def verdict(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """Compare `out` and `lse` with float64 on the tensors' own device; NaN anywhere in them fails.
+
+    Rows of over 192 queries are checked at their first, their last and at random queries, over all
+    keys and heads; every element is checked for NaN.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    error = plain_error = scale = lse_error = 0.0
+    for row in rows_of(problem, q, k, v):
+        if not len(row.q):
+            continue
+        picked = _pick(len(row.q), rng).to(q.device)
+        sees = row.visible(problem)[picked] if problem.masked else None
+        oracle, oracle_lse = _attend(problem, row, picked, sees, torch.float64)
+        plain, _ = _attend(problem, row, picked, sees, q.dtype)
+        given = out[row.q_start : row.q_start + len(row.q)] if row.packed else out[row.index]
+        error = max(error, _difference(given[picked].transpose(0, 1), oracle))
+        plain_error = max(plain_error, _difference(plain, oracle))
+        scale = max(scale, float(oracle.abs().max()))
+        if lse is not None:
+            given_lse = lse[:, row.q_start : row.q_start + len(row.q)] if row.packed else lse[row.index]
+            lse_error = max(lse_error, _difference(given_lse[:, picked], oracle_lse))
+    if bool(out.isnan().any()) or (lse is not None and bool(lse.isnan().any())):
+        error = float("inf")
+    # eps is the spacing at 1: a rounding is half of it, and the bound allows two
+    allowed = 2 * plain_error + torch.finfo(q.dtype).eps * max(scale, 1e-6)
+    return Verdict(error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(problem, lse)))
+
+
+def _lse_scale(problem: AttentionProblem, lse: torch.Tensor | None) -> float:
+    """float32 holds an lse in the hundreds to 3e-5 only: the bound grows with it from 100 on."""
+    if lse is None or problem.dtype == "float64":
+        return 1.0
+    finite = lse[lse.isfinite()]
+    return float(finite.abs().max()) / 100 if finite.numel() else 1.0
+
+
+def _pick(q_len: int, rng: torch.Generator) -> torch.Tensor:
+    if q_len <= _MAX_QUERIES:
+        return torch.arange(q_len)
+    drawn = torch.randint(q_len, (_MAX_QUERIES - 2,), generator=rng)
+    return torch.cat([torch.tensor([0, q_len - 1]), drawn]).unique()
+
+
+def _attend(
+    problem: AttentionProblem, row: Row, picked: torch.Tensor, sees: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out [q_heads, picked, head_dim]`, `lse [q_heads, picked]` with every intermediate in `dtype`; a head group at a time."""
+    outs, lses = [], []
+    neg_inf = float("-inf")
+    for kv_head in range(problem.kv_heads):
+        heads = slice(kv_head * problem.group, (kv_head + 1) * problem.group)
+        q = row.q[picked, heads].to(dtype).transpose(0, 1)
+        k, v = row.k[:, kv_head].to(dtype), row.v[:, kv_head].to(dtype)
+        scores = q @ k.T * problem.scale
+        if problem.softcap:
+            scores = problem.softcap * torch.tanh(scores / problem.softcap)
+        if sees is not None:
+            scores = scores.masked_fill(~sees, neg_inf)
+        lse = torch.logsumexp(scores.double() if dtype != torch.float32 else scores, dim=-1)
+        if problem.sinks is not None:
+            lse = torch.logaddexp(lse, problem.sinks[heads, None].to(lse.dtype))
+        weights = torch.exp(scores - lse.masked_fill(lse == neg_inf, 0.0).unsqueeze(-1).to(dtype))
+        outs.append(weights @ v)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _difference(given: torch.Tensor, oracle: torch.Tensor) -> float:
+    """Largest absolute difference; equal infinities differ by nothing, NaN by everything."""
+    given = given.double()
+    difference = torch.where(given == oracle, 0.0, (given - oracle.double()).abs())
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0

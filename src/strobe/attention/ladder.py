@@ -1,0 +1,88 @@
+"""The rungs, in the order they are taught, and the choice among them.
+
+A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
+not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
+where it is not None).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from strobe.attention.problem import AttentionProblem
+from strobe.errors import KernelRefusedError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One implementation of attention; its module is imported when it is first asked something."""
+
+    phase: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.phase}/{self.name}"
+
+    @cached_property
+    def module(self) -> Any:
+        return importlib.import_module(f"strobe.attention.{self.phase}.{self.name}")
+
+    @property
+    def idea(self) -> str:
+        return self.module.IDEA
+
+    def refusals(self, problem: AttentionProblem) -> list[str]:
+        return self.module.refusals(problem)
+
+    def run(self, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
+        self.module.run(problem, q, k, v, out, lse)
+
+
+PREFILL = tuple(Rung("prefill", name) for name in ("torch_naive", "torch_sdpa"))
+DECODE: tuple[Rung, ...] = ()
+
+FASTEST_FIRST = {
+    "prefill": ("prefill/torch_sdpa", "prefill/torch_naive"),
+    "decode": ("prefill/torch_sdpa", "prefill/torch_naive"),
+}
+"""What `kernel="auto"` tries, by the problem's phase. The order is measured: docs/ladder.md."""
+
+RUNGS = {str(rung): rung for rung in (*PREFILL, *DECODE)}
+
+
+def find(kernel: str, phase: str) -> Rung:
+    """The rung of this name: "prefill/x" and "decode/x" say which ladder; a bare "x" prefers `phase`'s own."""
+    other = {"prefill": "decode", "decode": "prefill"}[phase]
+    for name in (kernel, f"{phase}/{kernel}", f"{other}/{kernel}"):
+        if name in RUNGS:
+            return RUNGS[name]
+    raise UnknownNameError.among("kernel", kernel, ["auto", *dict.fromkeys(r.name for r in RUNGS.values())])
+
+
+def choose(problem: AttentionProblem, kernel: str = "auto") -> Rung:
+    """The rung that runs `problem`.
+
+    "auto" takes the fastest that refuses nothing. A name takes that rung or raises
+    KernelRefusedError with its refusals: it never falls back.
+    """
+    if kernel != "auto":
+        rung = find(kernel, problem.phase)
+        if reasons := rung.refusals(problem):
+            raise KernelRefusedError(
+                f"kernel {rung.name!r} refuses ({problem}): {'; '.join(reasons)}",
+                hint="kernel='auto' takes one that fits; `strobe explain` shows each kernel's verdict",
+            )
+        return rung
+    for name in FASTEST_FIRST[problem.phase]:
+        if not RUNGS[name].refusals(problem):
+            return RUNGS[name]
+    verdicts = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in explain(problem).items())
+    raise KernelRefusedError(f"no kernel runs ({problem}): {verdicts}")
+
+
+def explain(problem: AttentionProblem) -> dict[str, list[str]]:
+    """Every rung's refusals of `problem`, by name; an empty list means that it would run."""
+    return {str(rung): rung.refusals(problem) for rung in RUNGS.values()}

@@ -1,0 +1,229 @@
+"""What an attention call asks for: shapes, dtype, mask and KV layout, checked once.
+
+This module imports no torch: a problem can be described, explained and costed on any machine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from strobe.errors import ProblemError
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+UNLIMITED = -1
+DECODE_MAX_Q_LEN = 16
+"""Up to this many queries a row, a problem over a paged cache belongs to the decode ladder."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """q `[batch, q_len, q_heads, head_dim]`, k and v `[batch, kv_len, kv_heads, head_dim]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of different lengths laid end to end: q `[tokens, q_heads, head_dim]`, k and v likewise.
+
+    `cu_seqlens_q` and `cu_seqlens_kv` are int32 `[batch + 1]` running sums on the tensors' device.
+    The maximum lengths are host integers; where they are left out they are read off the device,
+    which waits for it. `scratch` is as in `Paged`.
+    """
+
+    cu_seqlens_q: Any
+    cu_seqlens_kv: Any
+    max_q_len: int | None = None
+    max_kv_len: int | None = None
+    scratch: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def host_q(self) -> list[int]:
+        """`cu_seqlens_q` on the host (waits for the device)."""
+        return [int(n) for n in self.cu_seqlens_q.tolist()]
+
+    @cached_property
+    def host_kv(self) -> list[int]:
+        """`cu_seqlens_kv` on the host (waits for the device)."""
+        return [int(n) for n in self.cu_seqlens_kv.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Paged:
+    """k and v in pages `[pages, page_size, kv_heads, head_dim]`.
+
+    `page_table` int32 `[batch, max_pages]`; `seq_lens` int32 `[batch]` counts a row's keys, those of
+    this call's queries included. q is `[batch, q_len, q_heads, head_dim]`, or with `cu_seqlens_q`
+    (int32 `[batch + 1]`) packed `[tokens, q_heads, head_dim]`. Page numbers past a row's length are
+    never read.
+
+    `scratch` belongs to the rungs: what one derives from the layout (host lengths, gather indices,
+    split plans) is kept here under the rung's name, so that all layers of a forward pass share it.
+    """
+
+    page_table: Any
+    seq_lens: Any
+    cu_seqlens_q: Any = None
+    max_q_len: int | None = None
+    max_kv_len: int | None = None
+    scratch: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def host_q(self) -> list[int] | None:
+        """`cu_seqlens_q` on the host (waits for the device), or None where q is not packed."""
+        return None if self.cu_seqlens_q is None else [int(n) for n in self.cu_seqlens_q.tolist()]
+
+    @cached_property
+    def host_lens(self) -> list[int]:
+        """`seq_lens` on the host (waits for the device)."""
+        return [int(n) for n in self.seq_lens.tolist()]
+
+
+Layout = Dense | Packed | Paged
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """One attention call, without its data. Build it with `AttentionProblem.of` from tensors.
+
+    `q_len` and `kv_len` are the longest row's. `window` is `(left, right)`, inclusive, -1 for no
+    limit. Query i of a row sees key j when `j <= i + kv_len - q_len + right` and
+    `j >= i + kv_len - q_len - left`; `causal` sets right to 0. Scores are `q·k * scale`, then
+    `softcap * tanh(score / softcap)` where softcap > 0, then the mask, then a softmax whose sum
+    starts at `exp(sink[head])` where there are sinks.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    causal: bool = False
+    window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: Any = None
+    layout: Layout = Dense()
+    page_size: int = 0
+    kv_dtype: str | None = None
+    device: str = "cpu"
+    arch: int = 0
+    """Compute capability times ten (90 for an H100 or H200), 0 without a GPU."""
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "q_len", "kv_len"):
+            if getattr(self, name) < 0:
+                raise ProblemError(f"{name} is {getattr(self, name)}; supported: 0 and up")
+        for name in ("q_heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ProblemError(f"{name} is {getattr(self, name)}; supported: 1 and up")
+        if self.q_heads % self.kv_heads:
+            raise ProblemError(
+                f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}",
+                hint="each key head serves a whole group of query heads",
+            )
+        if self.dtype not in DTYPE_BYTES:
+            raise ProblemError(f"dtype {self.dtype}; supported: {', '.join(DTYPE_BYTES)}")
+        if len(self.window) != 2 or any(int(w) < UNLIMITED for w in self.window):
+            raise ProblemError(f"window {self.window}; supported: (left, right), each -1 or more")
+        if not self.softcap >= 0 or self.softcap == float("inf"):
+            raise ProblemError(f"softcap {self.softcap}; supported: 0 (none) or a positive number")
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.head_dim**-0.5)
+        if self.causal:
+            left, right = self.window
+            object.__setattr__(self, "window", (left, 0 if right == UNLIMITED else min(right, 0)))
+        if self.kv_dtype is None:
+            object.__setattr__(self, "kv_dtype", self.dtype)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def paged(self) -> bool:
+        return isinstance(self.layout, Paged)
+
+    @property
+    def packed_q(self) -> bool:
+        """True where q, out and lse are packed: `[tokens, heads, dim]` and lse `[heads, tokens]`."""
+        return isinstance(self.layout, Packed) or (
+            isinstance(self.layout, Paged) and self.layout.cu_seqlens_q is not None
+        )
+
+    @property
+    def masked(self) -> bool:
+        """True where some query may not see some key of its row."""
+        return self.window != (UNLIMITED, UNLIMITED)
+
+    @property
+    def phase(self) -> str:
+        """The ladder this problem belongs to: "decode" (few queries against a cache) or "prefill"."""
+        return "decode" if self.paged and self.q_len <= DECODE_MAX_Q_LEN else "prefill"
+
+    def row_lengths(self) -> list[tuple[int, int]]:
+        """`(q_len, kv_len)` of every row. Reads the lengths off the device where they live there."""
+        layout = self.layout
+        if isinstance(layout, Packed):
+            q, kv = layout.host_q, layout.host_kv
+            return [(q[i + 1] - q[i], kv[i + 1] - kv[i]) for i in range(self.batch)]
+        if isinstance(layout, Paged):
+            host_q = layout.host_q
+            return [
+                (self.q_len if host_q is None else host_q[i + 1] - host_q[i], layout.host_lens[i])
+                for i in range(self.batch)
+            ]
+        return [(self.q_len, self.kv_len)] * self.batch
+
+    def key_range(self, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys `[first, end)` that each query of such a row sees: two int64 `[q_len]`; empty where end <= first."""
+        left, right = self.window
+        position = np.arange(q_len, dtype=np.int64) + (kv_len - q_len)
+        first = np.zeros(q_len, np.int64) if left == UNLIMITED else np.maximum(0, position - left)
+        end = np.full(q_len, kv_len) if right == UNLIMITED else np.minimum(kv_len, position + right + 1)
+        return first, end
+
+    def visible_pairs(self) -> int:
+        """(query, key) pairs that the mask lets through, over all rows, for one head."""
+        total = 0
+        for (q_len, kv_len), count in Counter(self.row_lengths()).items():
+            first, end = self.key_range(q_len, kv_len)
+            total += count * int(np.maximum(0, end - first).sum())
+        return total
+
+    def flops(self) -> int:
+        """Multiply-adds of both matmuls, counted as two each, visible pairs only (FlashAttention's count)."""
+        return 4 * self.visible_pairs() * self.q_heads * self.head_dim
+
+    def bytes(self) -> int:
+        """Fewest bytes through device memory: q, k, v read once and out written once."""
+        rows = self.row_lengths()
+        q_tokens, kv_tokens = sum(q for q, _ in rows), sum(kv for _, kv in rows)
+        q_bytes = 2 * q_tokens * self.q_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        kv_bytes = 2 * kv_tokens * self.kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype or self.dtype]
+        return q_bytes + kv_bytes
+
+    def __str__(self) -> str:
+        parts = [
+            f"{type(self.layout).__name__.lower()} batch {self.batch}, q_len {self.q_len}, kv_len {self.kv_len}",
+            f"heads {self.q_heads}/{self.kv_heads}, head_dim {self.head_dim}, {self.dtype} on {self.device}",
+        ]
+        if self.paged:
+            parts.append(f"page_size {self.page_size}")
+        if self.kv_dtype != self.dtype:
+            parts.append(f"cache in {self.kv_dtype}")
+        if self.masked:
+            parts.append("causal" if self.window == (UNLIMITED, 0) else f"window {self.window}")
+        if self.softcap:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.sinks is not None:
+            parts.append("sinks")
+        return ", ".join(parts)
+

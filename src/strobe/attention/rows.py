@@ -1,0 +1,70 @@
+"""A problem's rows as plain dense tensors, for the rungs that work a row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One batch row: q `[q_len, q_heads, head_dim]`, k and v `[kv_len, kv_heads, head_dim]`.
+
+    k and v of a paged cache are gathered, in q's dtype.
+    """
+
+    index: int
+    q_start: int
+    packed: bool
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def visible(self, problem: AttentionProblem) -> torch.Tensor:
+        """bool `[q_len, kv_len]` on the row's device."""
+        return visible(problem, self.q.shape[0], self.k.shape[0], self.q.device)
+
+    def write(self, out: torch.Tensor, row_out: torch.Tensor) -> None:
+        """Put `row_out [q_heads, q_len, head_dim]` where the row stands in `out`."""
+        target = out[self.q_start : self.q_start + len(self.q)] if self.packed else out[self.index]
+        target.copy_(row_out.transpose(0, 1))
+
+    def write_lse(self, lse: torch.Tensor, row_lse: torch.Tensor) -> None:
+        """Put `row_lse [q_heads, q_len]` where the row stands in `lse`."""
+        target = lse[:, self.q_start : self.q_start + len(self.q)] if self.packed else lse[self.index]
+        target.copy_(row_lse)
+
+
+def rows_of(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Row]:
+    """Every row of the problem, in order. Reads lengths on the host."""
+    q_start = kv_start = 0
+    layout, packed = problem.layout, problem.packed_q
+    for index, (q_len, kv_len) in enumerate(problem.row_lengths()):
+        row_q = q[q_start : q_start + q_len] if packed else q[index]
+        if isinstance(layout, Paged):
+            pages = layout.page_table[index, : -(-kv_len // problem.page_size)]
+            row_k, row_v = (cache[pages].flatten(0, 1)[:kv_len].to(q.dtype) for cache in (k, v))
+        elif isinstance(layout, Packed):
+            row_k, row_v = k[kv_start : kv_start + kv_len], v[kv_start : kv_start + kv_len]
+        else:
+            row_k, row_v = k[index], v[index]
+        yield Row(index, q_start, packed, row_q, row_k, row_v)
+        q_start += q_len
+        kv_start += kv_len
+
+
+def visible(problem: AttentionProblem, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
+    """bool `[q_len, kv_len]`: which keys each query of a row of these lengths sees."""
+    left, right = problem.window
+    position = torch.arange(q_len, device=device).unsqueeze(1) + (kv_len - q_len)
+    key = torch.arange(kv_len, device=device)
+    seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    if right != UNLIMITED:
+        seen &= key <= position + right
+    if left != UNLIMITED:
+        seen &= key >= position - left
+    return seen
