@@ -10,6 +10,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def did_you_mean(given: str, known: Iterable[str]) -> str | None:
+    """A hint with the name in `known` nearest to `given`; None where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
 class StrobeError(Exception):
     """Base of all errors raised on purpose. `str(error)` is the whole story on one line."""
 
@@ -33,11 +39,7 @@ class UnknownNameError(StrobeError, ValueError):
     def among(cls, what: str, given: str, known: Iterable[str]) -> UnknownNameError:
         """`what` is the kind of thing ("kernel"); the message lists `known` and the nearest name."""
         known = list(known)
-        near = difflib.get_close_matches(given, known, n=1)
-        return cls(
-            f"unknown {what} {given!r}; known: {', '.join(known)}",
-            hint=f"did you mean {near[0]!r}?" if near else None,
-        )
+        return cls(f"unknown {what} {given!r}; known: {', '.join(known)}", hint=did_you_mean(given, known))
 
 
 class KernelRefusedError(StrobeError):
