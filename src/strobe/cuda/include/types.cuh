@@ -1,0 +1,108 @@
+// Numeric types and their conversions, without toolkit headers.
+//
+// f16 and bf16 are storage: arithmetic is float, or packed pairs in tensor-core registers (mma.cuh).
+// `scalar_t` kernels use to_float / from_float and never name a type.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+using f32 = float;
+
+struct alignas(2) f16 { u16 bits; };
+struct alignas(2) bf16 { u16 bits; };
+
+constexpr float LOG2E = 1.4426950408889634f;  // log2(e): exp(x) = exp2(x * LOG2E)
+constexpr float LN2 = 0.6931471805599453f;    // ln(2): log(x) = log2(x) * LN2
+#define NEG_INF __int_as_float(0xff800000)
+
+// --- float <-> 16 bits, round to nearest even ---------------------------------------------------
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __int_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
+  f16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+// --- pairs of 16 bits in one register: `low` is the element at the lower address -------------------
+
+template <class T> __device__ __forceinline__ u32 pack(float low, float high);
+template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) {
+  u32 y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+template <class T> __device__ __forceinline__ float2 unpack(u32 pair);
+template <> __device__ __forceinline__ float2 unpack<f16>(u32 pair) {
+  return make_float2(to_float(f16{u16(pair)}), to_float(f16{u16(pair >> 16)}));
+}
+template <> __device__ __forceinline__ float2 unpack<bf16>(u32 pair) {
+  return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
+}
+
+// --- 16 bytes at a time: VEC<T> elements, as floats ------------------------------------------------
+
+template <class T> constexpr int VEC = 16 / sizeof(T);
+
+__device__ __forceinline__ void to_floats(uint4 raw, float (&y)[4], float) {
+  y[0] = __uint_as_float(raw.x), y[1] = __uint_as_float(raw.y);
+  y[2] = __uint_as_float(raw.z), y[3] = __uint_as_float(raw.w);
+}
+template <class T> __device__ __forceinline__ void to_floats(uint4 raw, float (&y)[8], T) {
+  const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(words[i]);
+    y[2 * i] = pair.x, y[2 * i + 1] = pair.y;
+  }
+}
+// 16 aligned bytes at `p`, widened.
+template <class T> __device__ __forceinline__ void load_floats(const T* p, float (&y)[VEC<T>]) {
+  to_floats(*reinterpret_cast<const uint4*>(p), y, T{});
+}
+
+// --- the special-function unit --------------------------------------------------------------------
+
+__device__ __forceinline__ float fast_exp2(float x) {  // fast_exp2(-inf) = 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_tanh(float x) {  // sm_75 and up; absolute error under 5e-4
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// --- integers -------------------------------------------------------------------------------------
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
