@@ -152,7 +152,7 @@ class Kernel:
     def prepare(
         self, grid: Dim, block: Dim, args: ctypes.Structure | Sequence[Any], **options: Any
     ) -> Launch:
-        """Pack once, launch often: `options` are Launch's shared_bytes, cluster, programmatic, cooperative."""
+        """Pack once, launch often. Options: shared_bytes, cluster, programmatic, cooperative (as Launch)."""
         return Launch(self, grid, block, args, **options)
 
     def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
