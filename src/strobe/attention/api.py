@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def attention(
 
     Returns:
         out, of q's shape and dtype; or `(out, lse)`. A query that sees no key gives 0 and lse -inf
-        (its sink, where there is one).
+        (its sink, where there is one). Forward only: gradients flow through the PyTorch rungs alone.
 
     Raises:
         ProblemError: shapes, dtypes or devices that do not fit together.
@@ -83,9 +84,7 @@ def attention(
 def empty_lse(problem: AttentionProblem, q: torch.Tensor) -> torch.Tensor:
     """Room for a problem's lse, uninitialised."""
     shape = (
-        (problem.q_heads, q.shape[0])
-        if problem.packed_q
-        else (problem.batch, problem.q_heads, problem.q_len)
+        (problem.q_heads, q.shape[0]) if problem.packed_q else (problem.batch, problem.q_heads, problem.q_len)
     )
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
@@ -156,11 +155,13 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
     if k.dtype != v.dtype:
         raise ProblemError(f"k has dtype {k.dtype}, v {v.dtype}; supported: one dtype")
     if k.dtype != q.dtype and k.dtype != torch.float8_e4m3fn:
-        raise ProblemError(f"q has dtype {q.dtype}, k {k.dtype}; supported: one dtype, or k and v in float8_e4m3fn")
+        supported = "one dtype, or k and v in float8_e4m3fn"
+        raise ProblemError(f"q has dtype {q.dtype}, k {k.dtype}; supported: {supported}")
     if k.shape != v.shape:
         raise ProblemError(f"k is {list(k.shape)}, v {list(v.shape)}; supported: equal shapes")
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[-2] or sinks.device != q.device):
-        raise ProblemError(f"sinks is {list(sinks.shape)} on {sinks.device}; supported: [q_heads] on {q.device}")
+        given = f"{list(sinks.shape)} on {sinks.device}"
+        raise ProblemError(f"sinks is {given}; supported: [q_heads] on {q.device}")
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, int]:
@@ -179,7 +180,9 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, 
         _check_index("cu_seqlens_kv", layout.cu_seqlens_kv, 1, q)
         if len(layout.cu_seqlens_q) != len(layout.cu_seqlens_kv) or len(layout.cu_seqlens_q) < 1:
             given = (len(layout.cu_seqlens_q), len(layout.cu_seqlens_kv))
-            raise ProblemError(f"cu_seqlens_q and cu_seqlens_kv have {given} entries; supported: batch + 1 in both")
+            raise ProblemError(
+                f"cu_seqlens_q and cu_seqlens_kv have {given} entries; supported: batch + 1 in both"
+            )
         return (
             len(layout.cu_seqlens_q) - 1,
             _longest(layout.max_q_len, lambda: _differences(layout.host_q)),
@@ -194,12 +197,14 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, 
     kv_len = _longest(layout.max_kv_len, lambda: layout.host_lens)
     if kv_len > layout.page_table.shape[1] * k.shape[1]:
         room = layout.page_table.shape[1] * k.shape[1]
-        raise ProblemError(f"a row has {kv_len} keys; page_table {list(layout.page_table.shape)} holds {room}")
+        table = list(layout.page_table.shape)
+        raise ProblemError(f"a row has {kv_len} keys; page_table {table} holds {room}")
     if not packed_q:
         return batch, q.shape[1], kv_len
     _check_index("cu_seqlens_q", layout.cu_seqlens_q, 1, q)
     if layout.cu_seqlens_q.shape[0] != batch + 1:
-        raise ProblemError(f"cu_seqlens_q has {layout.cu_seqlens_q.shape[0]} entries; supported: batch + 1 = {batch + 1}")
+        entries = layout.cu_seqlens_q.shape[0]
+        raise ProblemError(f"cu_seqlens_q has {entries} entries; supported: batch + 1 = {batch + 1}")
     return batch, _longest(layout.max_q_len, lambda: _differences(layout.host_q or [0])), kv_len
 
 
@@ -208,19 +213,22 @@ def _longest(given: int | None, lengths: Any) -> int:
 
 
 def _differences(sums: list[int]) -> list[int]:
-    return [b - a for a, b in zip(sums, sums[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(sums)]
 
 
 def _expect_dims(name: str, tensor: torch.Tensor, dims: int, layout: Layout) -> None:
     if tensor.dim() != dims:
         raise ProblemError(
-            f"{name} is {list(tensor.shape)}; supported: {dims} dimensions with layout {type(layout).__name__}"
+            f"{name} is {list(tensor.shape)}; supported: {dims} dimensions "
+            f"with layout {type(layout).__name__}"
         )
 
 
 def _check_index(name: str, tensor: Any, dims: int, q: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int32 or tensor.dim() != dims:
-        given = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ProblemError(f"{name} is {given}; supported: an int32 tensor of {dims} dimension{'s' * (dims > 1)}")
+        is_tensor = isinstance(tensor, torch.Tensor)
+        given = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
+        plural = "s" if dims > 1 else ""
+        raise ProblemError(f"{name} is {given}; supported: an int32 tensor of {dims} dimension{plural}")
     if tensor.device != q.device:
         raise ProblemError(f"{name} is on {tensor.device}, q on {q.device}; supported: one device")

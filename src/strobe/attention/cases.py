@@ -38,7 +38,9 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int | None = None) -> Inputs:
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int | None = None
+    ) -> Inputs:
         """Fresh inputs. The same seed gives the same numbers; None takes one from the case's name."""
         rng = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) if seed is None else seed)
         q_lens, kv_lens = [q for q, _ in self.rows], [kv for _, kv in self.rows]
@@ -53,13 +55,15 @@ class Case:
         options = {"causal": self.causal, "window": self.window, "scale": self.scale, "softcap": self.softcap}
         return Inputs(q, k, v, {**options, "sinks": sinks, "layout": layout})
 
-    def _draw(self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype, device: Any) -> torch.Tensor:
+    def _draw(
+        self, shape: tuple[int, ...], rng: torch.Generator, dtype: torch.dtype, device: Any
+    ) -> torch.Tensor:
         if self.values == "equal":
             return torch.ones(shape, dtype=dtype, device=device)
         spread = 8.0 if self.values == "large" else 1.0
         if torch.device(device).type == "cuda":
             on_device = torch.Generator(device).manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-            return (torch.randn(shape, generator=on_device, device=device, dtype=torch.float32) * spread).to(dtype)
+            return (torch.randn(shape, generator=on_device, device=device) * spread).to(dtype)
         return (torch.randn(shape, generator=rng) * spread).to(dtype)
 
     def _layout(
@@ -71,7 +75,7 @@ class Case:
             return torch.tensor(np.asarray(values), dtype=torch.int32, device=device)
 
         sums = int32(np.cumsum([0, *q_lens]))
-        longest = {"max_q_len": max(q_lens, default=0), "max_kv_len": max(kv_lens, default=0)}
+        longest: dict[str, Any] = {"max_q_len": max(q_lens, default=0), "max_kv_len": max(kv_lens, default=0)}
         if self.layout == "dense":
             return Dense(), (len(self.rows), longest["max_kv_len"]), None
         if self.layout == "packed":
@@ -157,8 +161,20 @@ _PAGED = (
     Case("paged_decode_softcap_sinks", _DECODE_ROWS, layout="paged", causal=True, softcap=15.0, sinks=True),
     Case("paged_prefill", tuple((64, n) for n in (64, 200, 333)), layout="paged", causal=True),
     Case("paged_packed", ((33, 33), (1, 90), (0, 5), (100, 260), (1, 1)), layout="paged_packed", causal=True),
-    Case("paged_packed_page_64", ((80, 300), (1, 129), (5, 64)), layout="paged_packed", page_size=64, causal=True),
-    Case("paged_packed_window", ((70, 150), (1, 90)), layout="paged_packed", causal=True, window=(30, UNLIMITED)),
+    Case(
+        "paged_packed_page_64",
+        ((80, 300), (1, 129), (5, 64)),
+        layout="paged_packed",
+        page_size=64,
+        causal=True,
+    ),
+    Case(
+        "paged_packed_window",
+        ((70, 150), (1, 90)),
+        layout="paged_packed",
+        causal=True,
+        window=(30, UNLIMITED),
+    ),
 )
 
 
@@ -176,7 +192,9 @@ def prefill_shape(batch: int, seq: int, q_heads: int, kv_heads: int, head_dim: i
     return Case(name, _uniform(batch, seq, seq), q_heads, kv_heads, head_dim, causal=causal)
 
 
-def decode_shape(batch: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, page_size: int = 16) -> Case:
+def decode_shape(
+    batch: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, page_size: int = 16
+) -> Case:
     """A benchmark shape of one new token a row over a paged cache."""
     name = f"b{batch}_kv{kv_len}_h{q_heads}_{kv_heads}_d{head_dim}_p{page_size}"
     rows = _uniform(batch, 1, kv_len)

@@ -7,11 +7,10 @@ oracle's scale. lse within 1e-3 for 16-bit inputs, 1e-4 for float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from strobe.attention.prefill import torch_naive
 from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
 
@@ -95,7 +94,7 @@ def _pick(q_len: int, rng: torch.Generator) -> torch.Tensor:
 def _attend(
     problem: AttentionProblem, row: Row, picked: torch.Tensor, sees: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out [q_heads, picked, head_dim]`, `lse [q_heads, picked]` with every intermediate in `dtype`; a head group at a time."""
+    """`out [q_heads, picked, head_dim]`, `lse [q_heads, picked]`, every intermediate in `dtype`."""
     outs, lses = [], []
     neg_inf = float("-inf")
     for kv_head in range(problem.kv_heads):

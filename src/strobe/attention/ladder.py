@@ -41,7 +41,9 @@ class Rung:
         self.module.run(problem, q, k, v, out, lse)
 
 
-PREFILL = tuple(Rung("prefill", name) for name in ("torch_naive", "torch_sdpa"))
+PREFILL = tuple(
+    Rung("prefill", name) for name in ("textbook", "numpy_tiled", "torch_naive", "torch_online", "torch_sdpa")
+)
 DECODE: tuple[Rung, ...] = ()
 
 FASTEST_FIRST = {
@@ -54,7 +56,7 @@ RUNGS = {str(rung): rung for rung in (*PREFILL, *DECODE)}
 
 
 def find(kernel: str, phase: str) -> Rung:
-    """The rung of this name: "prefill/x" and "decode/x" say which ladder; a bare "x" prefers `phase`'s own."""
+    """The rung of this name: "prefill/x" and "decode/x" say which ladder; "x" prefers `phase`'s own."""
     other = {"prefill": "decode", "decode": "prefill"}[phase]
     for name in (kernel, f"{phase}/{kernel}", f"{other}/{kernel}"):
         if name in RUNGS:

@@ -21,14 +21,18 @@ def attention(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[np.nda
     q, k, v = _float64(q), _float64(k), _float64(v)
     sinks = None if problem.sinks is None else _float64(problem.sinks)
     out = np.zeros_like(q)
-    lse = np.empty((problem.q_heads, q.shape[0]) if problem.packed_q else (problem.batch, problem.q_heads, problem.q_len))
+    lse = np.empty(
+        (problem.q_heads, q.shape[0]) if problem.packed_q else (problem.batch, problem.q_heads, problem.q_len)
+    )
     for row, (q_len, kv_len) in enumerate(problem.row_lengths()):
         q_at = _query_rows(problem, row, q_len)
         keys, values = _row(problem, k, row, kv_len), _row(problem, v, row, kv_len)
         for head in range(problem.q_heads):
             kv_head = head // problem.group
             sink = -np.inf if sinks is None else sinks[head]
-            row_out, row_lse = _one_head(problem, q[q_at][:, head], keys[:, kv_head], values[:, kv_head], sink)
+            row_out, row_lse = _one_head(
+                problem, q[q_at][:, head], keys[:, kv_head], values[:, kv_head], sink
+            )
             out[q_at][:, head] = row_out
             if problem.packed_q:
                 lse[head, q_at] = row_lse

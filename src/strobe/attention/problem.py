@@ -105,7 +105,8 @@ class AttentionProblem:
     dtype: str = "bfloat16"
     causal: bool = False
     window: tuple[int, int] = (UNLIMITED, UNLIMITED)
-    scale: float | None = None
+    scale: Any = None
+    """float; None becomes `head_dim ** -0.5`."""
     softcap: float = 0.0
     sinks: Any = None
     layout: Layout = Dense()
@@ -183,7 +184,7 @@ class AttentionProblem:
         return [(self.q_len, self.kv_len)] * self.batch
 
     def key_range(self, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys `[first, end)` that each query of such a row sees: two int64 `[q_len]`; empty where end <= first."""
+        """Keys `[first, end)` that each query of such a row sees, int64 `[q_len]` both; end may be below."""
         left, right = self.window
         position = np.arange(q_len, dtype=np.int64) + (kv_len - q_len)
         first = np.zeros(q_len, np.int64) if left == UNLIMITED else np.maximum(0, position - left)
@@ -199,7 +200,7 @@ class AttentionProblem:
         return total
 
     def flops(self) -> int:
-        """Multiply-adds of both matmuls, counted as two each, visible pairs only (FlashAttention's count)."""
+        """Operations of both matmuls, a multiply-add as two, visible pairs only (docs/math.md, eq. 3)."""
         return 4 * self.visible_pairs() * self.q_heads * self.head_dim
 
     def bytes(self) -> int:
@@ -226,4 +227,3 @@ class AttentionProblem:
         if self.sinks is not None:
             parts.append("sinks")
         return ", ".join(parts)
-

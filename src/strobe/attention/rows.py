@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
@@ -68,3 +69,36 @@ def visible(problem: AttentionProblem, q_len: int, kv_len: int, device: torch.de
     if left != UNLIMITED:
         seen &= key >= position - left
     return seen
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One head of one row in NumPy float32: q `[q_len, head_dim]`, k and v `[kv_len, head_dim]`."""
+
+    row: Row
+    index: int
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+    def write(
+        self, out: torch.Tensor, lse: torch.Tensor | None, head_out: np.ndarray, head_lse: np.ndarray
+    ) -> None:
+        """Put `head_out [q_len, head_dim]` and `head_lse [q_len]` where the head stands."""
+        start, end = self.row.q_start, self.row.q_start + len(self.q)
+        target = out[start:end, self.index] if self.row.packed else out[self.row.index, :, self.index]
+        target.copy_(torch.from_numpy(np.ascontiguousarray(head_out)))
+        if lse is not None:
+            target = lse[self.index, start:end] if self.row.packed else lse[self.row.index, self.index]
+            target.copy_(torch.from_numpy(np.ascontiguousarray(head_lse)))
+
+
+def numpy_heads(
+    problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[Head]:
+    """Every query head of every row, in order."""
+    for row in rows_of(problem, q, k, v):
+        row_q, row_k, row_v = (tensor.float().numpy() for tensor in (row.q, row.k, row.v))
+        for index in range(problem.q_heads):
+            kv_head = index // problem.group
+            yield Head(row, index, row_q[:, index], row_k[:, kv_head], row_v[:, kv_head])

@@ -1,1 +1,1 @@
-"""Attention of one to a few queries against a paged cache: memory-bound. One rung a file; ladder.py gives the order."""
+"""Attention of one to a few queries against a paged cache: memory-bound. One rung a file."""

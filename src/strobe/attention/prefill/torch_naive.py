@@ -33,7 +33,7 @@ def run(
 def attend(problem: AttentionProblem, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """`out [q_heads, q_len, head_dim]` and `lse [q_heads, q_len]`, float32 (float64 for float64 inputs)."""
     dtype = torch.float64 if row.q.dtype == torch.float64 else torch.float32
-    # [kv_heads, group, q_len, head_dim] against [kv_heads, 1, kv_len, head_dim]: each key head serves its group
+    # [kv_heads, group, q_len, head_dim] against [kv_heads, 1, kv_len, head_dim]
     q = row.q.to(dtype).transpose(0, 1).unflatten(0, (problem.kv_heads, problem.group))
     k = row.k.to(dtype).transpose(0, 1).unsqueeze(1)
     v = row.v.to(dtype).transpose(0, 1).unsqueeze(1)

@@ -72,7 +72,7 @@ def _sdpa(
     mask: torch.Tensor | None,
     square_causal: bool,
 ) -> torch.Tensor:
-    """q `[rows, q_len, q_heads, head_dim]`, k and v alike; mask bool `[rows or 1, 1, q_len, kv_len]` or `[q_len, kv_len]`."""
+    """q `[rows, q_len, q_heads, head_dim]`, k and v alike; mask broadcasts to `[rows, 1, q_len, kv_len]`."""
     if k.shape[1] == 0:
         return torch.zeros_like(q)
     return F.scaled_dot_product_attention(
@@ -88,7 +88,7 @@ def _sdpa(
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Rows of one q_len that run as one padded call. `q_at` and `kv_at` index tokens, rows laid end to end."""
+    """Rows of one q_len that run as one padded call. `q_at` and `kv_at` index tokens laid end to end."""
 
     rows: int
     q_len: int
