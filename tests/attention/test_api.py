@@ -88,8 +88,7 @@ def test_explain_gives_every_rung_a_verdict() -> None:
 
 def test_every_rung_says_its_idea_in_a_line() -> None:
     ideas = [rung.idea for rung in ladder.RUNGS.values()]
-    assert all(idea
-    assert "\n" not in idea for idea in ideas)
+    assert all(idea and "\n" not in idea for idea in ideas)
     assert set(ladder.FASTEST_FIRST["prefill"] + ladder.FASTEST_FIRST["decode"]) <= set(ladder.RUNGS)
 
 

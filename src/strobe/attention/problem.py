@@ -212,8 +212,9 @@ class AttentionProblem:
         return q_bytes + kv_bytes
 
     def __str__(self) -> str:
+        layout = type(self.layout).__name__.lower()
         parts = [
-            f"{type(self.layout).__name__.lower()} batch {self.batch}, q_len {self.q_len}, kv_len {self.kv_len}",
+            f"{layout} batch {self.batch}, q_len {self.q_len}, kv_len {self.kv_len}",
             f"heads {self.q_heads}/{self.kv_heads}, head_dim {self.head_dim}, {self.dtype} on {self.device}",
         ]
         if self.paged:
