@@ -51,6 +51,21 @@ class Rope:
                 f"rope low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             )
 
+    def frequencies(self, head_dim: int) -> list[float]:
+        """Radians a position of each of a head's pairs: `head_dim / 2` numbers."""
+        base = [self.theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
+        if self.scaling == "none":
+            return base
+        if self.scaling == "linear":
+            return [turn / self.factor for turn in base]
+        return [self._llama3(turn) for turn in base]
+
+    def _llama3(self, turn: float) -> float:
+        turns = self.original_max_position * turn / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = min(1.0, max(0.0, kept))
+        return kept * turn + (1 - kept) * turn / self.factor
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -100,6 +115,8 @@ class ModelConfig:
             raise CheckpointError(f"norm_eps is {self.norm_eps!r}; supported: a number from 0 to 1")
         if self.q_heads % self.kv_heads:
             raise CheckpointError(f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}")
+        if (self.rope is None) != (self.architecture == "gpt2"):
+            raise CheckpointError(f"rope is {self.rope}; supported: rotary positions for llama, none for gpt2")
         if self.rope is not None and self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
         window = self.sliding_window
@@ -118,6 +135,11 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Elements of one token's keys, and of its values, in one layer."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def frequencies(self) -> list[float]:
+        """The rotation of each of a head's pairs; empty where positions are learned."""
+        return [] if self.rope is None else self.rope.frequencies(self.head_dim)
 
     def window(self, layer: int) -> tuple[int, int]:
         """A layer's attention window as `strobe.attention` takes it: (left, right), -1 for no limit."""

@@ -1,0 +1,116 @@
+"""The GPT-2 network (Radford et al. 2019): LayerNorm, learned positions, full attention, a tanh-GELU MLP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from strobe import linear
+from strobe.attention.api import attention
+from strobe.models.batch import Batch
+from strobe.models.config import ModelConfig
+from strobe.ops import cache
+from strobe.ops.activation import gelu_tanh
+from strobe.ops.norm import layer_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A weight and its bias: of a norm (`[hidden]` both) or a projection (`[outputs, inputs]`, `[outputs]`)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GPT2Layer:
+    """One block's weights. `qkv` is `[3 * hidden, hidden]`: all queries, then keys, then values."""
+
+    attention_norm: Affine
+    qkv: Affine
+    output: Affine
+    mlp_norm: Affine
+    up: Affine
+    down: Affine
+
+
+@dataclass(frozen=True, eq=False)
+class GPT2Weights:
+    """embedding and head `[vocab_size, hidden]`, one tensor where they are tied; positions `[max_position, hidden]`."""
+
+    embedding: torch.Tensor
+    positions: torch.Tensor
+    layers: tuple[GPT2Layer, ...]
+    norm: Affine
+    head: torch.Tensor
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> GPT2Weights:
+        """Uninitialised weights of the right shapes."""
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        def affine(*shape: int) -> Affine:
+            return Affine(new(*shape), new(shape[0]))
+
+        c = config
+        layers = tuple(
+            GPT2Layer(
+                attention_norm=affine(c.hidden),
+                qkv=affine(c.q_size + 2 * c.kv_size, c.hidden),
+                output=affine(c.hidden, c.q_size),
+                mlp_norm=affine(c.hidden),
+                up=affine(c.intermediate, c.hidden),
+                down=affine(c.hidden, c.intermediate),
+            )
+            for _ in range(c.layers)
+        )
+        embedding = new(c.vocab_size, c.hidden)
+        head = embedding if c.tie_embeddings else new(c.vocab_size, c.hidden)
+        return cls(embedding, new(c.max_position, c.hidden), layers, affine(c.hidden), head)
+
+
+class GPT2:
+    """`GPT2(config, weights)(batch)` → logits. Holds nothing between calls; the cache is in the batch."""
+
+    def __init__(self, config: ModelConfig, weights: GPT2Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
+        w = self.weights
+        x = F.embedding(batch.token_ids, w.embedding) + F.embedding(batch.positions, w.positions)
+        for index, layer in enumerate(w.layers):
+            x += self._attention(index, layer, x, batch)
+            x += self._mlp(layer, x, batch)
+        x = self._norm(x.index_select(0, batch.logits_at), w.norm)
+        return linear.apply(x, w.head, kernel=batch.linear_kernel).float()
+
+    def _attention(self, index: int, layer: GPT2Layer, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """x `[tokens, hidden]` → what attention adds to it."""
+        c = self.config
+        qkv = self._project(self._norm(x, layer.attention_norm), layer.qkv, batch)
+        q, k, v = qkv.view(-1, 3 * c.q_heads, c.head_dim).chunk(3, dim=1)
+        k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
+        cache.append(k, v, k_pages, v_pages, batch.slots)
+        out = attention(
+            batch.rows(q), k_pages, v_pages, causal=True, layout=batch.layout, kernel=batch.attention_kernel
+        )
+        return self._project(out.view(-1, c.q_size), layer.output, batch)
+
+    def _mlp(self, layer: GPT2Layer, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """x `[tokens, hidden]` → what the MLP adds to it."""
+        raised = self._project(self._norm(x, layer.mlp_norm), layer.up, batch)
+        return self._project(gelu_tanh(raised), layer.down, batch)
+
+    def _norm(self, x: torch.Tensor, norm: Affine) -> torch.Tensor:
+        return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+
+    def _project(self, x: torch.Tensor, to: Affine, batch: Batch) -> torch.Tensor:
+        return linear.apply(x, to.weight, to.bias, kernel=batch.linear_kernel)

@@ -1,0 +1,55 @@
+"""The networks by name, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol
+
+import torch
+
+from strobe.models.batch import Batch
+from strobe.models.config import ModelConfig
+from strobe.models.gpt2 import GPT2, GPT2Weights
+from strobe.models.llama import Llama, LlamaWeights
+
+
+class Model(Protocol):
+    """A network with its weights, all on one device and in one dtype."""
+
+    config: ModelConfig
+    weights: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
+
+
+Weights = LlamaWeights | GPT2Weights
+
+
+def allocate(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> Weights:
+    """Uninitialised weights for a config's architecture; on device "meta", shapes alone."""
+    kind = {"llama": LlamaWeights, "gpt2": GPT2Weights}[config.architecture]
+    return kind.allocate(config, device=device, dtype=dtype)
+
+
+def build(config: ModelConfig, weights: Weights) -> Model:
+    """The network that runs these weights."""
+    return Llama(config, weights) if isinstance(weights, LlamaWeights) else GPT2(config, weights)
+
+
+def tensors(weights: Any) -> Iterator[torch.Tensor]:
+    """Every weight once, tied ones too."""
+    seen: set[int] = set()
+    stack = [weights]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor) and id(item) not in seen:
+            seen.add(id(item))
+            yield item
+        elif isinstance(item, tuple):
+            stack.extend(item)
+        elif is_dataclass(item):
+            stack.extend(getattr(item, field.name) for field in fields(item))

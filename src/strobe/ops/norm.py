@@ -1,0 +1,30 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4) and LayerNorm (Ba et al. 2016, arXiv 1607.06450)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in float64, in x's dtype."""
+    wide = x.double()
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()).to(x.dtype)
+
+
+def layer_norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, in float64, in x's dtype."""
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (scaled * weight.double() + bias.double()).to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x `[..., n]`, weight `[n]` → like x. 16-bit inputs are summed in float32."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """x `[..., n]`, weight and bias `[n]` → like x."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
