@@ -31,7 +31,8 @@ def apply(
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ProblemError(
-            f"x is {list(x.shape)}, weight {list(weight.shape)}; supported: [tokens, inputs], [outputs, inputs]"
+            f"x is {list(x.shape)}, weight {list(weight.shape)}; "
+            "supported: [tokens, inputs] and [outputs, inputs]"
         )
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ProblemError(

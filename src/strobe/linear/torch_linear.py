@@ -14,7 +14,11 @@ def refusals(problem: LinearProblem) -> list[str]:
 
 
 def run(
-    problem: LinearProblem, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    problem: LinearProblem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
 ) -> None:
     if bias is None:
         torch.mm(x, weight.t(), out=out)

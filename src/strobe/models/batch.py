@@ -19,11 +19,19 @@ class KvTensors:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, pages: int, page_size: int, *, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ModelConfig,
+        pages: int,
+        page_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> KvTensors:
         """Room for `pages * page_size` tokens, zeroed: a page that was never written holds no NaN."""
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        return cls(
+            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        )
 
     @property
     def page_size(self) -> int:

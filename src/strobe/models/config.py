@@ -48,7 +48,8 @@ class Rope:
                 raise CheckpointError(f"rope {name} is {value!r}; supported: a positive number")
         if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise CheckpointError(
-                f"rope low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+                f"rope low_freq_factor is {self.low_freq_factor}; "
+                f"supported: below high_freq_factor {self.high_freq_factor}"
             )
 
     def frequencies(self, head_dim: int) -> list[float]:
@@ -106,7 +107,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise CheckpointError(f"architecture {self.architecture!r}; supported: {', '.join(ARCHITECTURES)}")
+            known = ", ".join(ARCHITECTURES)
+            raise CheckpointError(f"architecture {self.architecture!r}; supported: {known}")
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
@@ -116,7 +118,7 @@ class ModelConfig:
         if self.q_heads % self.kv_heads:
             raise CheckpointError(f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}")
         if (self.rope is None) != (self.architecture == "gpt2"):
-            raise CheckpointError(f"rope is {self.rope}; supported: rotary positions for llama, none for gpt2")
+            raise CheckpointError(f"rope is {self.rope}; supported: some for llama, None for gpt2")
         if self.rope is not None and self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
         window = self.sliding_window

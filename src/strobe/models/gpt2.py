@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from strobe.ops.norm import layer_norm
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A weight and its bias: of a norm (`[hidden]` both) or a projection (`[outputs, inputs]`, `[outputs]`)."""
+    """A weight and its bias: of a norm, `[hidden]` both; of a projection, `[outputs, inputs]` and `[outputs]`."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -38,7 +39,10 @@ class GPT2Layer:
 
 @dataclass(frozen=True, eq=False)
 class GPT2Weights:
-    """embedding and head `[vocab_size, hidden]`, one tensor where they are tied; positions `[max_position, hidden]`."""
+    """embedding and head `[vocab_size, hidden]`, one tensor where they are tied.
+
+    positions `[max_position, hidden]`.
+    """
 
     embedding: torch.Tensor
     positions: torch.Tensor
@@ -99,7 +103,7 @@ class GPT2:
         q, k, v = qkv.view(-1, 3 * c.q_heads, c.head_dim).chunk(3, dim=1)
         k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
         cache.append(k, v, k_pages, v_pages, batch.slots)
-        out = attention(
+        out: Any = attention(
             batch.rows(q), k_pages, v_pages, causal=True, layout=batch.layout, kernel=batch.attention_kernel
         )
         return self._project(out.view(-1, c.q_size), layer.output, batch)

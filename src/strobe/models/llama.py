@@ -7,6 +7,7 @@ Mistral (a sliding window), Qwen2 (a bias on q, k and v) and Qwen3 (a norm on ea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,14 +108,15 @@ class Llama:
         c, kernel = self.config, batch.linear_kernel
         normed = rms_norm(x, layer.attention_norm, c.norm_eps)
         qkv = linear.apply(normed, layer.qkv, layer.qkv_bias, kernel=kernel)
-        qk, v = qkv.view(-1, c.q_heads + 2 * c.kv_heads, c.head_dim).split((c.q_heads + c.kv_heads, c.kv_heads), 1)
+        heads = qkv.view(-1, c.q_heads + 2 * c.kv_heads, c.head_dim)
+        qk, v = heads.split((c.q_heads + c.kv_heads, c.kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split((c.q_heads, c.kv_heads), 1)
             qk = torch.cat((rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)), 1)
         q, k = rope.rotate(qk, *turn).split((c.q_heads, c.kv_heads), 1)
         k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
         cache.append(k, v, k_pages, v_pages, batch.slots)
-        out = attention(
+        out: Any = attention(
             batch.rows(q),
             k_pages,
             v_pages,

@@ -31,8 +31,9 @@ Weights = LlamaWeights | GPT2Weights
 
 def allocate(config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> Weights:
     """Uninitialised weights for a config's architecture; on device "meta", shapes alone."""
-    kind = {"llama": LlamaWeights, "gpt2": GPT2Weights}[config.architecture]
-    return kind.allocate(config, device=device, dtype=dtype)
+    if config.architecture == "llama":
+        return LlamaWeights.allocate(config, device=device, dtype=dtype)
+    return GPT2Weights.allocate(config, device=device, dtype=dtype)
 
 
 def build(config: ModelConfig, weights: Weights) -> Model:

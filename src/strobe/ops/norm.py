@@ -1,4 +1,7 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4) and LayerNorm (Ba et al. 2016, arXiv 1607.06450)."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4) and LayerNorm.
+
+LayerNorm: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import torch.nn.functional as F
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in float64, in x's dtype."""
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension: float64, then x's dtype."""
     wide = x.double()
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()).to(x.dtype)
 
 
-def layer_norm_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, in float64, in x's dtype."""
+def layer_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension: float64, then x's dtype."""
     wide = x.double()
     centred = wide - wide.mean(-1, keepdim=True)
     scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()

@@ -11,9 +11,10 @@ import torch
 
 
 def rotate_reference(x: torch.Tensor, positions: torch.Tensor, frequencies: Sequence[float]) -> torch.Tensor:
-    """x `[tokens, heads, head_dim]`, each pair a complex number times `exp(i * position * frequency)`, in float64."""
+    """x `[tokens, heads, head_dim]`: each pair, a complex number, times `exp(i * position * frequency)`."""
     first, second = x.double().chunk(2, dim=-1)
-    angle = positions.double()[:, None, None] * torch.tensor(frequencies, dtype=torch.float64, device=x.device)
+    frequency = torch.tensor(frequencies, dtype=torch.float64, device=x.device)
+    angle = positions.double()[:, None, None] * frequency
     turned = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
 
