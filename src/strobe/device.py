@@ -84,7 +84,9 @@ def resolve(device: str) -> str:
             raise DeviceError(f"device {device!r}: torch sees no NVIDIA GPU", hint="use 'cpu' or 'auto'")
         index, count = int(device.partition(":")[2] or 0), _torch().cuda.device_count()
         if index >= count:
-            raise DeviceError(f"device {device!r}: this machine has {count} GPU{'s' * (count > 1)}, from cuda:0")
+            raise DeviceError(
+                f"device {device!r}: this machine has {count} GPU{'s' * (count > 1)}, from cuda:0"
+            )
     return device
 
 

@@ -63,11 +63,11 @@ def _setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
 class Settings:
     """What a user may set for every command and call. Build it with `load()`."""
 
-    cache_dir: Path = _setting(_platform_cache_dir, _path, "folder of compiled kernels")
+    cache_dir: Path = _setting(_platform_cache_dir, _path, "folder of compiled kernels")  # noqa: RUF009
     device: str = _setting("auto", _device, "device of models: auto, cpu, cuda or cuda:N")
     kernel: str = _setting("auto", _kernel, "attention kernel of the engine")
     linear: str = _setting("auto", _kernel, "matmul kernel of the engine")
-    log_level: str = _setting("warning", _log_level, f"least severity that is logged: {', '.join(LOG_LEVELS)}")
+    log_level: str = _setting("warning", _log_level, f"least that is logged: {', '.join(LOG_LEVELS)}")
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Field name → "flag --x" or "STROBE_X"; what is absent is the default."""
 

@@ -1,0 +1,139 @@
+"""`strobe generate`: text from a prompt, streamed; or from a file of prompts, all at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from strobe.cli import console, options
+from strobe.cli.load import load
+from strobe.errors import RequestError
+
+if TYPE_CHECKING:
+    from strobe.engine import LLM, Metrics, RequestOutput, SamplingParams
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from. [default: stdin]", show_default=False)
+    ] = None,
+    prompts: options.PromptFile = None,
+    model: options.Model = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.8,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    kernel: options.Kernel = None,
+    linear: options.Linear = None,
+    kv_cache_gib: options.KvCacheGib = None,
+    json: options.Json = False,
+) -> None:
+    """Write text that goes on from a prompt.
+
+    The text goes to stdout as it is written; a line of timings goes to stderr.
+    """
+    from strobe.engine import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+    if prompt is not None and prompts is not None:
+        raise RequestError("a prompt and --prompts are both given", hint="give one of them")
+    texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt)]
+    with load(
+        model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
+    ) as llm:
+        if prompts:
+            _write_many(llm, texts, params, json)
+        elif json:
+            (output,) = llm.generate(texts, params)
+            console.write_json(_record(texts[0], output))
+        else:
+            _stream(llm, texts[0], params)
+
+
+def timings(metrics: Metrics) -> str:
+    """One request's timings as a line for people."""
+    parts = [f"{metrics.prompt_tokens} prompt tokens", f"first token {1e3 * metrics.ttft_s:.1f} ms"]
+    if metrics.tpot_s:
+        parts += [f"then {1e3 * metrics.tpot_s:.2f} ms a token", f"{1 / metrics.tpot_s:.1f} tok/s"]
+    return ", ".join([*parts, f"{metrics.output_tokens} tokens written"])
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError("no prompt", hint='strobe generate "Once upon a time", or pipe one in')
+        prompt = sys.stdin.read().removesuffix("\n")
+    return prompt
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """The file's lines that are not blank."""
+    text = sys.stdin.read() if str(path) == "-" else _read_text(path)
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise RequestError(f"{path} holds no prompt", hint="one prompt a line")
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text: byte {error.start}") from None
+
+
+def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    metrics = None
+    try:
+        for chunk in llm.stream(prompt, params):
+            console.write(chunk.text)
+            metrics = chunk.metrics or metrics
+    finally:
+        console.write("\n")
+    if metrics is not None:
+        console.note(timings(metrics))
+
+
+def _write_many(llm: LLM, prompts: list[str], params: SamplingParams, json: bool) -> None:
+    """Each prompt's output in the prompts' order: a JSON object a line, or the prompt and its text."""
+    for prompt, output in zip(prompts, _run_many(llm, prompts, params), strict=True):
+        if json:
+            console.write_json(_record(prompt, output), indent=None)
+        else:
+            console.write(f"{prompt}{output.text}\n\n")
+
+
+def _run_many(llm: LLM, prompts: list[str], params: SamplingParams) -> Iterator[RequestOutput]:
+    bar, task = console.progress(len(prompts), "prompts")
+    with bar:
+        yield from llm.generate(prompts, params, on_finish=lambda _: bar.advance(task))
+
+
+def _record(prompt: str, output: RequestOutput) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "metrics": asdict(output.metrics),
+    }

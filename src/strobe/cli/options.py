@@ -1,0 +1,56 @@
+"""Flags that several verbs share, so that each has one spelling and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A folder, a llama2.c file or a hub name. [default: the bundled model]"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N. [default: STROBE_DEVICE, else auto]"),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Kernel = Annotated[
+    str | None, typer.Option("--kernel", help="Attention kernel. [default: STROBE_KERNEL, else auto]")
+]
+Linear = Annotated[
+    str | None, typer.Option("--linear", help="Matmul kernel. [default: STROBE_LINEAR, else auto]")
+]
+KvCacheGib = Annotated[
+    float | None, typer.Option("--kv-cache-gib", help="Memory of the KV cache in GiB.", show_default=False)
+]
+
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw among the K likeliest tokens; 0 for all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Draw among the fewest tokens whose probabilities sum to P.")
+]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", help="Leave out tokens below this share of the likeliest one's probability."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Over 1 makes tokens that were used less likely.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed draws the same tokens.", show_default=False)
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this text; may be given several times.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="A file of prompts, one a line; `-` for stdin.")
+]
