@@ -1,0 +1,66 @@
+"""What an engine may use, and how it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from strobe.errors import SettingsError
+
+_INTEGERS = {
+    "page_size": (1, 1024),
+    "kv_cache_pages": (1, 1 << 30),
+    "max_num_seqs": (1, 1 << 16),
+    "max_num_batched_tokens": (1, 1 << 24),
+    "max_model_len": (2, 1 << 30),
+    "seed": (0, (1 << 63) - 1),
+}
+_OPTIONAL = ("kv_cache_pages", "max_model_len")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and choices of one engine.
+
+    Raises:
+        SettingsError: a value out of range, or two that contradict each other.
+    """
+
+    page_size: int = 16
+    """Tokens of one KV-cache page."""
+    kv_cache_pages: int | None = None
+    """Pages of the KV cache; None takes `kv_cache_gib`."""
+    kv_cache_gib: float | None = None
+    """Memory of the KV cache; None takes what `max_num_seqs` full contexts need, bounded by the machine."""
+    max_num_seqs: int = 256
+    """Sequences that run at once; more wait."""
+    max_num_batched_tokens: int = 2048
+    """Tokens of one forward pass; longer prompts are prefilled in chunks."""
+    max_model_len: int | None = None
+    """Longest prompt and output together; None takes the model's own context."""
+    prefix_cache: bool = True
+    """Keep the pages of finished requests, and reuse them for prompts that begin alike."""
+    attention_kernel: str = "auto"
+    linear_kernel: str = "auto"
+    seed: int = 0
+    """Seeds the requests that bring no seed of their own."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise SettingsError(f"{name} is {value!r}; supported: an integer from {low} to {high}")
+        gib = self.kv_cache_gib
+        number = isinstance(gib, (int, float)) and not isinstance(gib, bool)
+        if gib is not None and not (number and 0 < gib < math.inf):
+            raise SettingsError(f"kv_cache_gib is {gib!r}; supported: a positive number")
+        if gib is not None and self.kv_cache_pages is not None:
+            raise SettingsError("kv_cache_gib and kv_cache_pages are both given", hint="give one of them")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise SettingsError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs {self.max_num_seqs}; "
+                "supported: as many tokens as sequences, or more",
+                hint="each running sequence needs a token of every step",
+            )

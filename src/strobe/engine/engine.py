@@ -1,0 +1,240 @@
+"""The loop that serves requests: schedule, run, sample, accept."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from strobe.engine.config import EngineConfig
+from strobe.engine.detokenizer import CONTEXT_TOKENS, Decoder, Detokenizer
+from strobe.engine.kv_cache import KvCache
+from strobe.engine.memory import plan_pages
+from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
+from strobe.engine.runner import Runner
+from strobe.engine.sampler import Sampled, Sampler
+from strobe.engine.scheduler import Schedule, Scheduler
+from strobe.errors import OutOfPagesError, RequestError
+from strobe.models.network import Model
+
+_SEED_MASK = (1 << 64) - 1
+_SIBLING_STRIDE = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """An engine at one moment; the totals count from its start."""
+
+    running: int
+    waiting: int
+    pages: int
+    used_pages: int
+    steps: int
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+class Engine:
+    """Serves requests over one model. `add` and `abort` may be called from any thread, `step` from one.
+
+    Raises:
+        SettingsError: the KV cache asked for does not fit, or does not hold `max_model_len` tokens.
+    """
+
+    def __init__(self, model: Model, tokenizer: Decoder | None, config: EngineConfig) -> None:
+        plan = plan_pages(model, config)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.max_model_len = plan.max_model_len
+        cache = KvCache(plan.pages, config.page_size, prefix_cache=config.prefix_cache)
+        self.scheduler = Scheduler(config, cache)
+        self.runner = Runner(model, config, plan.pages)
+        self.sampler = Sampler(model.config.eos_token_ids)
+        self._stop_ids = frozenset(model.config.eos_token_ids)
+        self._random = random.Random(config.seed)  # noqa: S311 - seeds of samples, not secrets
+        self._arrived: deque[Request] = deque()
+        self._aborted: deque[str] = deque()
+        self._live: dict[str, Request] = {}
+        self._live_lock = threading.Lock()
+        self._steps = self._prompt_tokens = self._output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it joins the next step.
+
+        Raises:
+            RequestError: an empty or too long prompt, a token or a number that this model cannot serve,
+                or an id that is in use.
+            OutOfPagesError: it would never fit the KV cache.
+        """
+        self._check(request)
+        with self._live_lock:
+            if request.request_id in self._live:
+                raise RequestError(f"request id {request.request_id!r} is in use")
+            self._live[request.request_id] = request
+        self._arrived.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request in the next step, which frees its pages; unknown ids are ignored."""
+        self._aborted.append(request_id)
+
+    def step(self) -> list[StreamChunk]:
+        """One forward pass for all who have tokens to run; what it added, and who ended."""
+        ended = self._take_messages()
+        schedule = self.scheduler.schedule()
+        if not schedule.chunks:
+            return ended
+        logits = self.runner.run(schedule)
+        sampled = self.sampler.sample(logits, schedule.sampled)
+        return ended + self._accept(schedule, sampled)
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._arrived),
+            pages=scheduler.cache.num_pages,
+            used_pages=scheduler.cache.used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=scheduler.preemptions,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+        )
+
+    def _check(self, request: Request) -> None:
+        prompt, params = request.prompt_token_ids, request.params
+        vocab, context = self.model.config.vocab_size, self.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty", hint="a prompt needs one token at least")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise RequestError(f"the prompt holds a token outside 0 to {vocab - 1}")
+        if len(prompt) >= context:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; this model's context is {context}, output included"
+            )
+        if params.max_tokens is not None and params.max_tokens > context:
+            raise RequestError(f"max_tokens is {params.max_tokens}; this model's context is {context}")
+        if params.n > self.config.max_num_seqs:
+            raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
+        request.max_output = min(params.max_tokens or context, context - len(prompt))
+        cache = self.scheduler.cache
+        needed = cache.pages_for(len(prompt) + request.max_output - 1)
+        if needed > cache.num_pages:
+            raise OutOfPagesError(
+                f"the request may need {needed} KV-cache pages; there are {cache.num_pages}",
+                hint="lower max_tokens or give the cache more memory",
+            )
+
+    def _take_messages(self) -> list[StreamChunk]:
+        while self._arrived:
+            request = self._arrived.popleft()
+            params = request.params
+            seed = self._random.getrandbits(64) if params.seed is None else params.seed
+            request.sequences = [
+                Sequence(
+                    request,
+                    index,
+                    (seed + index * _SIBLING_STRIDE) & _SEED_MASK,
+                    list(request.prompt_token_ids),
+                    detokenizer=self._detokenizer(request) if request.stream or params.stop else None,
+                )
+                for index in range(params.n)
+            ]
+            self.scheduler.add(request)
+        ended = []
+        while self._aborted:
+            dropped = self._live.get(self._aborted.popleft())
+            unfinished = [s for s in dropped.sequences if s.finish_reason is None] if dropped else []
+            ended += [self._finish(sequence, "abort") for sequence in unfinished]
+        return ended
+
+    def _accept(self, schedule: Schedule, sampled: Sampled) -> list[StreamChunk]:
+        """Write the step back. Everything that a step changes outside the cache's tensors is here."""
+        tokens = sampled.token_ids.tolist()
+        self.scheduler.accept(schedule, tokens)
+        now = time.monotonic()
+        self._steps += 1
+        self._output_tokens += len(tokens)
+        for chunk in schedule.chunks:
+            if chunk.sequence.request.started is None:
+                chunk.sequence.request.started = now
+        for row, logprobs in sampled.read_logprobs(schedule.sampled).items():
+            schedule.sampled[row].logprobs.append(logprobs)
+        chunks = []
+        for sequence, token in zip(schedule.sampled, tokens, strict=True):
+            request = sequence.request
+            if request.first_token is None:
+                request.first_token = now
+                self._prompt_tokens += len(request.prompt_token_ids)
+            reason, stop_reason, text = self._stop(sequence, token)
+            if reason is not None:
+                chunks.append(self._finish(sequence, reason, stop_reason, text))
+            elif request.stream:
+                chunks.append(_chunk(sequence, text))
+        return chunks
+
+    def _stop(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | int | None, str]:
+        """Whether the token ends the sequence, the stop token or string that did, and the text it settles."""
+        params, length, detokenizer = sequence.params, sequence.output_len, sequence.detokenizer
+        ends = token in params.stop_token_ids or (token in self._stop_ids and not params.ignore_eos)
+        if ends and length >= params.min_tokens:
+            return "stop", token, ""
+        text = ""
+        if detokenizer is not None:
+            text = detokenizer.push((token,), stops=length >= params.min_tokens)
+            sequence.text += text
+            if detokenizer.stopped_by is not None:
+                return "stop", detokenizer.stopped_by, text
+        return ("length" if length >= sequence.request.max_output else None), None, text
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None, text: str = ""
+    ) -> StreamChunk:
+        """End a sequence; `text` is what its last token settled."""
+        request, detokenizer = sequence.request, sequence.detokenizer
+        self.scheduler.finish(sequence, reason, stop_reason)
+        sequence.finished_at = time.monotonic()
+        if detokenizer is None and (detokenizer := self._detokenizer(request)) is not None:
+            spoken = sequence.output[:-1] if isinstance(stop_reason, int) else sequence.output
+            text = sequence.text = detokenizer.push(spoken)
+        if detokenizer is not None:
+            rest = detokenizer.finish()
+            text, sequence.text = text + rest, sequence.text + rest
+            if detokenizer.stopped_by is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", detokenizer.stopped_by
+        if request.finished:
+            with self._live_lock:
+                self._live.pop(request.request_id, None)
+        return _chunk(sequence, text if request.stream else sequence.text)
+
+    def _detokenizer(self, request: Request) -> Detokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return Detokenizer(self.tokenizer, request.prompt_token_ids[-CONTEXT_TOKENS:], request.params.stop)
+
+
+def _chunk(sequence: Sequence, text: str) -> StreamChunk:
+    """What the sequence has gained since its last chunk."""
+    request, start = sequence.request, sequence.sent
+    sequence.sent = sequence.output_len
+    return StreamChunk(
+        request_id=request.request_id,
+        index=sequence.index,
+        text=text,
+        token_ids=tuple(sequence.tokens[sequence.prompt_len + start :]),
+        logprobs=tuple(sequence.logprobs[start:]),
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        metrics=request.metrics(sequence.finished_at) if request.finished else None,
+    )

@@ -1,0 +1,181 @@
+"""Which tokens of which sequences run next: continuous batching, first come first served.
+
+Running sequences come first, each with the tokens it has not yet computed: one where it decodes, a
+chunk of its prompt where it prefills. What is left of the step's token budget admits waiting ones.
+When pages run out the latest arrival gives its pages back and waits, to be recomputed later.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from strobe.engine.config import EngineConfig
+from strobe.engine.kv_cache import KvCache, PageCopy
+from strobe.engine.request import FinishReason, Request, Sequence
+
+
+class Chunk(NamedTuple):
+    """Tokens `[start, end)` of a sequence, to be run in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """True where this chunk's last token is the sequence's last, whose logits give the next."""
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One step: page copies first, then one forward pass over the chunks, then a draw for `sampled`.
+
+    `sampled` are the sequences that get a token, and `sampled_chunks[i]` is the chunk whose last
+    token's logits `sampled[i]` draws from: a prompt's first logits serve all its siblings.
+    """
+
+    chunks: tuple[Chunk, ...]
+    sampled: tuple[Sequence, ...]
+    sampled_chunks: tuple[int, ...]
+    copies: tuple[PageCopy, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+
+class Scheduler:
+    """The queue, the running sequences and their pages."""
+
+    def __init__(self, config: EngineConfig, cache: KvCache) -> None:
+        self.config = config
+        self.cache = cache
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        """Prompt tokens looked up in the prefix cache, and found there."""
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request whose sequences are made; its first one carries the others through the prompt."""
+        first, *siblings = request.sequences
+        first.siblings = siblings
+        self.waiting.append(first)
+
+    def schedule(self) -> Schedule:
+        """The next step. Pages are taken here; nothing else changes until `accept`."""
+        budget = self.config.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        copies: list[PageCopy] = []
+        index = 0
+        while index < len(self.running) and budget:
+            sequence = self.running[index]
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if not self._make_room(sequence, sequence.computed + count):
+                break
+            chunks.append(self._take(sequence, count, copies))
+            budget -= count
+            index += 1
+        if index == len(self.running):
+            self._admit(budget, chunks, copies)
+        sampled, sampled_chunks = [], []
+        for index, chunk in enumerate(chunks):
+            if chunk.samples:
+                for sequence in (chunk.sequence, *chunk.sequence.siblings):
+                    sampled.append(sequence)
+                    sampled_chunks.append(index)
+        return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies))
+
+    def accept(self, schedule: Schedule, tokens: Iterable[int]) -> None:
+        """Write a step back: what was computed, and `tokens[i]` for `schedule.sampled[i]`."""
+        for sequence, _, end in schedule.chunks:
+            sequence.computed = end
+            self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
+            if sequence.siblings and sequence.computed == len(sequence.tokens):
+                self._fork(sequence)
+        for sequence, token in zip(schedule.sampled, tokens, strict=True):
+            sequence.tokens.append(token)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End a sequence, wherever it stands, and free its pages."""
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.release(sequence.pages)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def check(self) -> None:
+        """Raise StrobeError where a page is lost, shared wrongly, or held by nobody."""
+        self.cache.check(sequence.pages for sequence in self.running)
+
+    def _admit(self, budget: int, chunks: list[Chunk], copies: list[PageCopy]) -> None:
+        seats = self.config.max_num_seqs - sum(1 + len(sequence.siblings) for sequence in self.running)
+        while self.waiting and budget:
+            sequence = self.waiting[0]
+            if 1 + len(sequence.siblings) > seats:
+                return
+            if sequence.prefix is None:
+                sequence.prefix = self.cache.prefix(sequence.tokens, sequence.request.cache_salt)
+            pages = self.cache.acquire(sequence.prefix)
+            computed = len(pages.pages) * self.cache.page_size
+            if self.cache.missing(pages, computed, len(sequence.tokens)) > self.cache.available:
+                self.cache.release(pages)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.pages, sequence.prefix, sequence.computed = pages, None, computed
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = computed
+                self.prefix_queries += len(sequence.tokens)
+                self.prefix_hits += computed
+            count = min(len(sequence.tokens) - computed, budget)
+            chunks.append(self._take(sequence, count, copies))
+            budget -= count
+            seats -= 1 + len(sequence.siblings)
+
+    def _take(self, sequence: Sequence, count: int, copies: list[PageCopy]) -> Chunk:
+        start = sequence.computed
+        if (copy := self.cache.extend(sequence.pages, start, start + count)) is not None:
+            copies.append(copy)
+        return Chunk(sequence, start, start + count)
+
+    def _make_room(self, sequence: Sequence, upto: int) -> bool:
+        """Preempt the latest arrivals until `sequence` can grow; False where it had to go itself."""
+        while self.cache.missing(sequence.pages, sequence.computed, upto) > self.cache.available:
+            victim = self.running.pop()
+            self.cache.release(victim.pages)
+            victim.computed = 0
+            victim.preemptions += 1
+            self.preemptions += 1
+            self.waiting.appendleft(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _fork(self, sequence: Sequence) -> None:
+        for sibling in sequence.siblings:
+            sibling.pages = self.cache.fork(sequence.pages)
+            sibling.computed = sequence.computed
+            sibling.cached_tokens = sequence.cached_tokens
+            self.running.append(sibling)
+        sequence.siblings = []
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Every sequence that is not finished, siblings that wait for their prompt included."""
+        for sequence in (*self.running, *self.waiting):
+            yield sequence
+            yield from sequence.siblings
