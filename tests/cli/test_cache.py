@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from strobe.cuda import jit
+
+from .conftest import Cli
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> jit.Source:
+    monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "twice.cu"
+    path.write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= FACTOR; }\n')
+    return jit.Source(path, {"FACTOR": 2})
+
+
+def test_list_then_clear(cli: Cli, source: jit.Source) -> None:
+    assert json.loads(cli("cache", "list", "--json").out) == []
+    jit.compile(source.path, source.defines, "sm_90a")
+    (entry,) = json.loads(cli("cache", "list", "--json").out)
+    assert entry["name"].startswith("twice")
+    assert entry["arch"] == "sm_90a"
+    assert entry["defines"] == {"FACTOR": "2"}
+    assert "FACTOR=2" in cli("cache", "list").out
+    assert "1 compiled kernel" in cli("cache", "clear").err
+    assert json.loads(cli("cache", "list", "--json").out) == []
+
+
+def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
+    assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
