@@ -26,24 +26,31 @@ class _Attribute(ctypes.Structure):
 
 class _Config(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.c_void_p),
         ("attribute_count", ctypes.c_uint),
     ]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.grid_x, self.grid_y, self.grid_z
+
+    @property
+    def block(self) -> tuple[int, int, int]:
+        return self.block_x, self.block_y, self.block_z
 
 
 class Launch:
     """One kernel, its grid and its arguments, packed once and launched any number of times.
 
     `args` holds the ctypes values as they were given: write to their fields (or `.value`) between
-    launches and the next launch sees it. A launch copies them before it returns. Not for two
-    threads at once.
+    launches and the next launch sees it. A launch copies them before it returns. Tensors are not
+    kept alive, only their addresses. Not for two threads at once.
     """
 
-    __slots__ = ("_attributes", "_config", "_kernel", "_pointers", "args")
+    __slots__ = ("_config", "_kernel", "_pointers", "args")
 
     def __init__(
         self,
@@ -57,30 +64,27 @@ class Launch:
         programmatic: bool = False,
         cooperative: bool = False,
     ) -> None:
-        self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
         self._kernel = kernel
-        self._pointers = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
-        self._config = _Config(_dim3(grid), _dim3(block), shared_bytes)
+        if isinstance(args, ctypes.Structure):
+            self.args: list[Any] = [args]
+            self._pointers: Any = ctypes.c_void_p(ctypes.addressof(args))
+        else:
+            self.args = [_argument(arg) for arg in args]
+            self._pointers = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
+        self._config = _Config(*_dim3(grid), *_dim3(block), shared_bytes)
         if cluster is not None or programmatic or cooperative:
-            attributes = []
-            if cluster is not None:
-                attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, _dim3(cluster)))
-            if programmatic:
-                attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
-            if cooperative:
-                attributes.append(_Attribute(_COOPERATIVE, 0, (1,)))
-            self._attributes = (_Attribute * len(attributes))(*attributes)
-            self._config.attributes = self._attributes
+            attributes = _attributes(cluster, programmatic, cooperative)
+            self._config.attributes = ctypes.addressof(attributes)
             self._config.attribute_count = len(attributes)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Blocks in x, y and z; may be set between launches."""
-        return tuple(self._config.grid)
+        return self._config.grid
 
     @grid.setter
     def grid(self, grid: Dim) -> None:
-        self._config.grid = _dim3(grid)
+        self._config.grid_x, self._config.grid_y, self._config.grid_z = _dim3(grid)
 
     def __call__(self, stream: int | None = None) -> None:
         """Launch on `stream` (a raw handle), or on torch's current stream of the kernel's device.
@@ -114,7 +118,7 @@ class Kernel:
         self._set(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.max_shared_bytes)
         if int(cubin.arch.removeprefix("sm_").rstrip("af")) >= 90:
             self._set(attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
-        self._function = ctypes.c_void_p(int(self._handle))
+        self._function = int(self._handle)
         self._raw_stream, self._current_device = _torch_state()
         self._launch_kernel = _launch_kernel()
 
@@ -172,13 +176,14 @@ class Kernel:
                 self._launch(config, pointers, stream)
             return
         config.stream = self._raw_stream(self.device) if stream is None else stream
-        status = self._launch_kernel(ctypes.byref(config), self._function, pointers, None)
+        config_at, pointers_at = ctypes.addressof(config), ctypes.addressof(pointers)
+        status = self._launch_kernel(config_at, self._function, pointers_at, None)
         if status == _ERROR_INVALID_CONTEXT:  # this thread has made no CUDA call yet
             make_current(self.device)
-            status = self._launch_kernel(ctypes.byref(config), self._function, pointers, None)
+            status = self._launch_kernel(config_at, self._function, pointers_at, None)
         if status:
             raise DeviceError(
-                f"launching {self.name} (grid {tuple(config.grid)}, block {tuple(config.block)}, "
+                f"launching {self.name} (grid {config.grid}, block {config.block}, "
                 f"{config.shared_bytes} B shared of {self.max_shared_bytes}): {describe(status)}"
             )
 
@@ -206,6 +211,18 @@ def make_current(device: int) -> None:
 def _primary_context(device: int) -> Any:
     _check(_driver().cuInit(0), "starting CUDA")
     return _check(_driver().cuDevicePrimaryCtxRetain(device), f"opening cuda:{device}")[0]
+
+
+@cache  # launches hold the address only: every set of attributes lives on
+def _attributes(cluster: Dim | None, programmatic: bool, cooperative: bool) -> Any:
+    found = []
+    if cluster is not None:
+        found.append(_Attribute(_CLUSTER_DIMENSION, 0, _dim3(cluster)))
+    if programmatic:
+        found.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+    if cooperative:
+        found.append(_Attribute(_COOPERATIVE, 0, (1,)))
+    return (_Attribute * len(found))(*found)
 
 
 def _argument(arg: Any) -> Any:

@@ -17,7 +17,7 @@ INCLUDE = Path(__file__).parent / "include"
 
 Define = str | int | float | bool
 
-_OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v")
+_OPTIONS = ("--std=c++17", "-default-device", "-lineinfo", "--no-cache", "--ptxas-options=-v")
 _INCLUDE_LINE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 _ERROR_LINE = re.compile(r"^(.+?\(\d+\)): (?:catastrophic |fatal )?error[^:]*: (.*)$", re.MULTILINE)
 

@@ -96,10 +96,15 @@ __device__ __forceinline__ float fast_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float fast_tanh(float x) {  // sm_75 and up; absolute error under 5e-4
+__device__ __forceinline__ float fast_reciprocal(float x) {
   float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// Absolute error under 1e-6. tanh.approx is one instruction, but 5e-4 off: a softcap of 30 would move
+// scores by 0.015.
+__device__ __forceinline__ float fast_tanh(float x) {
+  return 1.f - 2.f * fast_reciprocal(1.f + fast_exp2(2.f * LOG2E * x));
 }
 
 // --- integers -------------------------------------------------------------------------------------
