@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from strobe.attention import ladder
+from strobe.attention.op import traced
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
 from strobe.errors import ProblemError
 
@@ -30,6 +31,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     layout: Layout | None = None,
     kernel: str = "auto",
     return_lse: bool = False,
@@ -46,6 +48,8 @@ def attention(
         scale: defaults to `head_dim ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)`; 0 for none.
         sinks: `[q_heads]` logits, each one more term of its head's softmax sum, with no value.
+        bias: added to the scores; broadcasts to `[batch, q_heads, q_len, kv_len]`; -inf hides a key.
+            Dense layouts only, and for the kernels that take one.
         layout: None or `Dense()`, `Packed(...)`, `Paged(...)`.
         kernel: a rung's name, or "auto" for the fastest that fits.
         return_lse: also return the log-sum-exp of the scores (natural log, sinks included),
@@ -61,24 +65,31 @@ def attention(
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1; docs/math.md.
     """
-    problem = describe(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        layout=layout,
-        return_lse=return_lse,
-    )
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": bias,
+    }
+    if torch.compiler.is_compiling():
+        return traced(q, k, v, layout, return_lse, kernel=kernel, **options)
+    out, lse = run(q, k, v, kernel, layout=layout, return_lse=return_lse, **options)
+    return out if lse is None else (out, lse)
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`(out, lse or None)` by the chosen rung; `options` as in `describe`."""
+    problem = describe(q, k, v, **options)
     rung = ladder.choose(problem, kernel)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = empty_lse(problem, q) if return_lse else None
+    lse = empty_lse(problem, q) if problem.return_lse else None
     if out.numel():
         rung.run(problem, q, k, v, out, lse)
-    return (out, lse) if lse is not None else out
+    return out, lse
 
 
 def empty_lse(problem: AttentionProblem, q: torch.Tensor) -> torch.Tensor:
@@ -99,6 +110,7 @@ def describe(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     layout: Layout | None = None,
     return_lse: bool = False,
 ) -> AttentionProblem:
@@ -106,6 +118,8 @@ def describe(
     layout = layout if layout is not None else Dense()
     _check_tensors(q, k, v, sinks)
     batch, q_len, kv_len = _sizes(q, k, layout)
+    if bias is not None:
+        _check_bias(bias, q, (batch, q.shape[-2], q_len, kv_len))
     return AttentionProblem(
         batch=batch,
         q_len=q_len,
@@ -120,6 +134,7 @@ def describe(
         scale=scale,
         softcap=softcap,
         sinks=sinks,
+        bias=bias,
         layout=layout,
         page_size=k.shape[1] if isinstance(layout, Paged) else 0,
         device=q.device.type,
@@ -162,6 +177,16 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
     if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[-2] or sinks.device != q.device):
         given = f"{list(sinks.shape)} on {sinks.device}"
         raise ProblemError(f"sinks is {given}; supported: [q_heads] on {q.device}")
+
+
+def _check_bias(bias: torch.Tensor, q: torch.Tensor, scores: tuple[int, int, int, int]) -> None:
+    fits = bias.dim() <= 4 and all(
+        given in (1, wanted) for given, wanted in zip(reversed(bias.shape), reversed(scores), strict=False)
+    )
+    if not fits or not bias.is_floating_point() or bias.device != q.device:
+        given = f"{bias.dtype} {list(bias.shape)} on {bias.device}"
+        supported = f"floating point, broadcastable to {list(scores)}, on {q.device}"
+        raise ProblemError(f"bias is {given}; supported: {supported}")
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, int]:

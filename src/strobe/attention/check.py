@@ -104,6 +104,9 @@ def _attend(
         scores = q @ k.T * problem.scale
         if problem.softcap:
             scores = problem.softcap * torch.tanh(scores / problem.softcap)
+        if problem.bias is not None:
+            everyone = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+            scores = scores + problem.bias.expand(everyone)[row.index, heads][:, picked].to(dtype)
         if sees is not None:
             scores = scores.masked_fill(~sees, neg_inf)
         lse = torch.logsumexp(scores.double() if dtype != torch.float32 else scores, dim=-1)

@@ -2,7 +2,7 @@
 
 A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
 not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
-where it is not None).
+where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Rung:
         return self.module.IDEA
 
     def refusals(self, problem: AttentionProblem) -> list[str]:
-        return self.module.refusals(problem)
+        reasons = self.module.refusals(problem)
+        if problem.bias is not None and not getattr(self.module, "TAKES_BIAS", False):
+            reasons = [*reasons, "no bias"]
+        return reasons
 
     def run(self, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
         self.module.run(problem, q, k, v, out, lse)

@@ -20,6 +20,8 @@ def attention(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[np.nda
     """
     q, k, v = _float64(q), _float64(k), _float64(v)
     sinks = None if problem.sinks is None else _float64(problem.sinks)
+    bias_shape = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+    bias = None if problem.bias is None else np.broadcast_to(_float64(problem.bias), bias_shape)
     out = np.zeros_like(q)
     lse = np.empty(
         (problem.q_heads, q.shape[0]) if problem.packed_q else (problem.batch, problem.q_heads, problem.q_len)
@@ -30,9 +32,9 @@ def attention(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[np.nda
         for head in range(problem.q_heads):
             kv_head = head // problem.group
             sink = -np.inf if sinks is None else sinks[head]
-            row_out, row_lse = _one_head(
-                problem, q[q_at][:, head], keys[:, kv_head], values[:, kv_head], sink
-            )
+            one_head = (q[q_at][:, head], keys[:, kv_head], values[:, kv_head])
+            head_bias = None if bias is None else bias[row, head]
+            row_out, row_lse = _one_head(problem, *one_head, sink, head_bias)
             out[q_at][:, head] = row_out
             if problem.packed_q:
                 lse[head, q_at] = row_lse
@@ -49,12 +51,19 @@ def visible(problem: AttentionProblem, q_len: int, kv_len: int) -> np.ndarray:
 
 
 def _one_head(
-    problem: AttentionProblem, q: np.ndarray, k: np.ndarray, v: np.ndarray, sink: float
+    problem: AttentionProblem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    sink: float,
+    bias: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """q `[q_len, head_dim]`, k and v `[kv_len, head_dim]` → out `[q_len, head_dim]`, lse `[q_len]`."""
     scores = q @ k.T * problem.scale
     if problem.softcap:
         scores = problem.softcap * np.tanh(scores / problem.softcap)
+    if bias is not None:
+        scores = scores + bias
     scores = np.where(visible(problem, len(q), len(k)), scores, -np.inf)
     highest = np.maximum(scores.max(axis=1, initial=-np.inf), sink)
     shift = np.where(np.isfinite(highest), highest, 0.0)

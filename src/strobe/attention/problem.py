@@ -92,8 +92,9 @@ class AttentionProblem:
     `q_len` and `kv_len` are the longest row's. `window` is `(left, right)`, inclusive, -1 for no
     limit. Query i of a row sees key j when `j <= i + kv_len - q_len + right` and
     `j >= i + kv_len - q_len - left`; `causal` sets right to 0. Scores are `q·k * scale`, then
-    `softcap * tanh(score / softcap)` where softcap > 0, then the mask, then a softmax whose sum
-    starts at `exp(sink[head])` where there are sinks.
+    `softcap * tanh(score / softcap)` where softcap > 0, plus `bias` where there is one, then the
+    mask, then a softmax whose sum starts at `exp(sink[head])` where there are sinks. `bias`
+    broadcasts to `[batch, q_heads, q_len, kv_len]`; -inf in it hides a key. Dense layouts only.
     """
 
     batch: int
@@ -109,6 +110,7 @@ class AttentionProblem:
     """float; None becomes `head_dim ** -0.5`."""
     softcap: float = 0.0
     sinks: Any = None
+    bias: Any = None
     layout: Layout = Dense()
     page_size: int = 0
     kv_dtype: str | None = None
@@ -137,6 +139,8 @@ class AttentionProblem:
             raise ProblemError(f"softcap {self.softcap}; supported: 0 (none) or a positive number")
         if self.scale is None:
             object.__setattr__(self, "scale", self.head_dim**-0.5)
+        if self.bias is not None and not isinstance(self.layout, Dense):
+            raise ProblemError(f"a bias with layout {type(self.layout).__name__}; supported: Dense")
         if self.causal:
             left, right = self.window
             object.__setattr__(self, "window", (left, 0 if right == UNLIMITED else min(right, 0)))
@@ -227,4 +231,6 @@ class AttentionProblem:
             parts.append(f"softcap {self.softcap:g}")
         if self.sinks is not None:
             parts.append("sinks")
+        if self.bias is not None:
+            parts.append("bias")
         return ", ".join(parts)

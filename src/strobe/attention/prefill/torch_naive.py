@@ -7,6 +7,7 @@ import torch
 from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
 
+TAKES_BIAS = True
 IDEA = "matmul, mask, softmax, matmul; the whole score matrix stands in memory"
 
 
@@ -40,6 +41,9 @@ def attend(problem: AttentionProblem, row: Row) -> tuple[torch.Tensor, torch.Ten
     scores = q @ k.transpose(-1, -2) * problem.scale
     if problem.softcap:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    if problem.bias is not None:
+        everyone = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+        scores = scores + problem.bias.expand(everyone)[row.index].unflatten(0, scores.shape[:2])
     if problem.masked:
         scores = scores.masked_fill(~row.visible(problem), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from strobe.attention.problem import AttentionProblem, Dense, Packed, Paged
 from strobe.attention.rows import visible
 
+TAKES_BIAS = True
 IDEA = "torch.nn.functional.scaled_dot_product_attention over gathered, padded rows"
 
 _SHORT = 256
@@ -47,7 +48,12 @@ def run(
     if isinstance(problem.layout, Dense):
         mask = None
         square_causal = problem.window == (-1, 0) and problem.q_len == problem.kv_len
-        if problem.masked and not square_causal:
+        if problem.bias is not None:
+            square_causal, mask = False, problem.bias.to(q.dtype)
+            if problem.masked:
+                seen = visible(problem, problem.q_len, problem.kv_len, q.device)
+                mask = mask.masked_fill(~seen, float("-inf"))
+        elif problem.masked and not square_causal:
             mask = visible(problem, problem.q_len, problem.kv_len, q.device)
         out.copy_(_sdpa(problem, q, k, v, mask, square_causal))
         return

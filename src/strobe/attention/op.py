@@ -1,0 +1,71 @@
+"""`strobe::attention`: the operator that torch.compile and torch.export see in place of a call.
+
+Only traced code goes through it; an eager call runs the rung directly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from strobe.attention.problem import Dense, Layout, Packed, Paged
+
+_LIBRARY = torch.library.Library("strobe", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? page_table, "
+    "Tensor? seq_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, SymInt? max_q_len, "
+    "SymInt? max_kv_len, SymInt[] window, bool causal, float? scale, float softcap, str kernel, "
+    "bool return_lse) -> (Tensor, Tensor)"
+)
+
+
+def traced(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout | None,
+    return_lse: bool,
+    **options: object,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The operator's call for these arguments; `options` are the rest of attention()'s keywords."""
+    has = layout if layout is not None else Dense()
+    out, lse = torch.ops.strobe.attention(
+        q,
+        k,
+        v,
+        page_table=has.page_table if isinstance(has, Paged) else None,
+        seq_lens=has.seq_lens if isinstance(has, Paged) else None,
+        cu_seqlens_q=None if isinstance(has, Dense) else has.cu_seqlens_q,
+        cu_seqlens_kv=has.cu_seqlens_kv if isinstance(has, Packed) else None,
+        max_q_len=None if isinstance(has, Dense) else has.max_q_len,
+        max_kv_len=None if isinstance(has, Dense) else has.max_kv_len,
+        return_lse=return_lse,
+        **options,
+    )
+    return (out, lse) if return_lse else out
+
+
+@torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
+def _run(q, k, v, sinks, bias, page_table, seq_lens, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len,
+         window, causal, scale, softcap, kernel, return_lse):  # fmt: skip
+    from strobe.attention.api import run
+
+    layout: Layout = Dense()
+    if page_table is not None:
+        layout = Paged(page_table, seq_lens, cu_seqlens_q, max_q_len, max_kv_len)
+    elif cu_seqlens_q is not None:
+        layout = Packed(cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len)
+    out, lse = run(
+        q, k, v, kernel, causal=causal, window=tuple(window), scale=scale, softcap=softcap, sinks=sinks,
+        bias=bias, layout=layout, return_lse=return_lse,
+    )  # fmt: skip
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+@torch.library.register_fake("strobe::attention")
+def _fake(q, k, v, sinks, bias, page_table, seq_lens, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len,
+          window, causal, scale, softcap, kernel, return_lse):  # fmt: skip
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not return_lse:
+        return out, q.new_empty(0, dtype=torch.float32)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(shape, dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Other people's call signatures over strobe.attention: change an import, keep the code."""

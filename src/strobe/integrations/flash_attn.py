@@ -1,0 +1,205 @@
+"""FlashAttention's functions over strobe: `from strobe.integrations.flash_attn import flash_attn_func`.
+
+Signatures, layouts and semantics are those of the flash_attn package (2.x), forward only: causal is
+aligned bottom-right, windows are inclusive, a query that sees nothing gives 0. What strobe does not
+have (dropout, alibi slopes, attention probabilities) is refused by name. Runs on a CPU as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from strobe.attention.api import attention
+from strobe.attention.problem import Packed, Paged
+from strobe.errors import ProblemError
+
+Tensor = torch.Tensor
+NO_WINDOW = (-1, -1)
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """q `[batch, q_len, q_heads, head_dim]`, k and v `[batch, kv_len, kv_heads, head_dim]` → out like q.
+
+    With `return_attn_probs`: `(out, lse [batch, q_heads, q_len], None)`; the probabilities, which
+    flash_attn gives for tests of its dropout only, are not made. strobe is always deterministic.
+    """
+    _refuse(dropout_p, alibi_slopes)
+    out = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window_size,
+        scale=softmax_scale,
+        softcap=softcap,
+        return_lse=return_attn_probs,
+    )
+    return (*out, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """Rows laid end to end: q `[tokens, q_heads, head_dim]`, k and v `[kv_tokens, kv_heads, head_dim]`.
+
+    `cu_seqlens_*` int32 `[batch + 1]`. With `block_table` int32 `[batch, max_pages]`, k and v are
+    pages `[pages, page_size, kv_heads, head_dim]`. lse is `[q_heads, tokens]`.
+    """
+    _refuse(dropout_p, alibi_slopes)
+    layout: Packed | Paged
+    if block_table is not None:
+        seq_lens = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).to(torch.int32)
+        layout = Paged(block_table, seq_lens, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    else:
+        layout = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out = attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window_size,
+        scale=softmax_scale,
+        softcap=softcap,
+        layout=layout,
+        return_lse=return_attn_probs,
+    )
+    return (*out, None) if return_attn_probs else out
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention against a cache, after appending `k` and `v` to it in place where they are given.
+
+    q `[batch, q_len, q_heads, head_dim]`; k_cache and v_cache `[batch_cache, kv_max, kv_heads,
+    head_dim]`, or pages `[pages, page_size, kv_heads, head_dim]` with `block_table` int32
+    `[batch, max_pages]`; k and v `[batch, new_len, kv_heads, head_dim]`; cache_seqlens int32
+    `[batch]` counts the keys before the new ones (None: the whole cache). rotary_cos and rotary_sin
+    `[positions, rotary_dim / 2]` rotate k at its positions, and q at the same where causal or
+    windowed, else all of q at cache_seqlens. `num_splits` is strobe's own choice and ignored.
+    """
+    _refuse(0.0, alibi_slopes)
+    if cache_leftpad is not None:
+        raise ProblemError("cache_leftpad is given; supported: None", hint="shift the page table instead")
+    if block_table is not None and cache_batch_idx is not None:
+        raise ProblemError("cache_batch_idx with block_table; supported: one of the two")
+    if (k is None) != (v is None) or (rotary_cos is not None and k is None):
+        raise ProblemError("k, v and rotary belong together; supported: k and v, and rotary only with them")
+    batch, q_len = q.shape[:2]
+    if block_table is None:
+        rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
+        k_cache, table = _pages(k_cache, rows)
+        v_cache, _ = _pages(v_cache, rows)
+    else:
+        table = block_table
+    page_size = k_cache.shape[1]
+    room = table.shape[1] * page_size
+    before = _lengths(cache_seqlens, batch, room, q.device)
+    new_len = 0
+    if k is not None and v is not None:
+        new_len = k.shape[1]
+        if rotary_cos is not None and rotary_sin is not None:
+            k = _rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved, step=1)
+            moves = causal or window_size != NO_WINDOW
+            q = _rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, step=1 if moves else 0)
+        at = before[:, None].long() + torch.arange(new_len, device=q.device)
+        pages = table.long().gather(1, at // page_size)
+        k_cache[pages, at % page_size] = k.to(k_cache.dtype)
+        v_cache[pages, at % page_size] = v.to(v_cache.dtype)
+    layout = Paged(table, before + new_len, max_q_len=q_len, max_kv_len=room)
+    return attention(
+        q,
+        k_cache,
+        v_cache,
+        causal=causal,
+        window=window_size,
+        scale=softmax_scale,
+        softcap=softcap,
+        layout=layout,
+        return_lse=return_softmax_lse,
+    )
+
+
+def _pages(cache: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A contiguous cache `[batch_cache, kv_max, ...]` as pages, and the page table of these rows of it."""
+    kv_max = cache.shape[1]
+    page_size = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if kv_max % size == 0)
+    per_row = kv_max // page_size
+    pages = torch.arange(per_row, dtype=torch.int32, device=cache.device)
+    return cache.view(-1, page_size, *cache.shape[2:]), rows.to(torch.int32)[:, None] * per_row + pages
+
+
+def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: torch.device) -> Tensor:
+    if isinstance(cache_seqlens, torch.Tensor):
+        return cache_seqlens.to(torch.int32)
+    length = room if cache_seqlens is None else cache_seqlens
+    return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, interleaved: bool, step: int) -> Tensor:
+    """x `[batch, tokens, heads, head_dim]`, rotary_dim of it turned; token i at start + i * step."""
+    positions = start[:, None].long() + step * torch.arange(x.shape[1], device=x.device)
+    cos, sin = (table[positions].unsqueeze(2).float() for table in (cos, sin))
+    rotary_dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def _refuse(dropout_p: float, alibi_slopes: Tensor | None) -> None:
+    if dropout_p:
+        raise ProblemError(f"dropout_p is {dropout_p}; supported: 0.0", hint="strobe runs inference")
+    if alibi_slopes is not None:
+        raise ProblemError("alibi_slopes is given; supported: None", hint="pass bias= to strobe.attention")

@@ -1,0 +1,101 @@
+"""torch's scaled_dot_product_attention over strobe, and a context that sends torch's own calls here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from strobe.attention.api import attention
+from strobe.attention.problem import UNLIMITED
+from strobe.errors import KernelRefusedError, ProblemError
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """torch's signature and semantics: `[..., heads, len, head_dim]`, causal aligned top-left.
+
+    attn_mask is bool (True: may attend) or is added to the scores, broadcastable to
+    `[..., q_heads, q_len, kv_len]`. A query that sees no key gives 0. Raises ProblemError for
+    dropout, and for fewer key than query heads without `enable_gqa`.
+    """
+    if dropout_p:
+        raise ProblemError(f"dropout_p is {dropout_p}; supported: 0.0", hint="strobe runs inference")
+    if is_causal and attn_mask is not None:
+        raise ProblemError("is_causal with attn_mask; supported: one of the two")
+    q, k, v = (_four(x) for x in (query, key, value))
+    q_heads, kv_heads = q.shape[1], k.shape[1]
+    if q_heads != kv_heads and not enable_gqa:
+        raise ProblemError(f"{q_heads} query heads, {kv_heads} key heads", hint="pass enable_gqa=True")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    window, bias = (UNLIMITED, UNLIMITED), None
+    if is_causal and q_len > kv_len:
+        # a bottom-right window cannot say "up to i" where i passes the last key
+        attn_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril()
+    elif is_causal:
+        k, v = k[:, :, :q_len], v[:, :, :q_len]  # no query sees past the q_len-th key
+        window = (UNLIMITED, 0)
+    if attn_mask is not None:
+        bias = _four(_additive(attn_mask, q.dtype))
+    out = attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=window, scale=scale, bias=bias
+    )
+    return cast(torch.Tensor, out).transpose(1, 2).reshape(query.shape)
+
+
+def _four(x: torch.Tensor) -> torch.Tensor:
+    """`[..., heads, len, dim]` with all leading dimensions as one batch."""
+    while x.dim() < 4:
+        x = x.unsqueeze(0)
+    return x.flatten(0, -4)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+class redirect(TorchFunctionMode):
+    """`with redirect():` torch's own scaled_dot_product_attention calls run on strobe where it fits.
+
+    A call that strobe refuses (dropout, a dtype it lacks) or that needs gradients goes to torch, and
+    is counted in `.passed_on`; the others in `.taken`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = self.passed_on = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            try:
+                out = scaled_dot_product_attention(*args, **kwargs)
+            except (ProblemError, KernelRefusedError):
+                pass
+            else:
+                self.taken += 1
+                return out
+        self.passed_on += 1
+        return func(*args, **kwargs)

@@ -1,0 +1,72 @@
+"""strobe as an attention implementation of Hugging Face transformers.
+
+from strobe.integrations import transformers as strobe_transformers
+strobe_transformers.register()
+AutoModelForCausalLM.from_pretrained(name, attn_implementation="strobe")
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from strobe.attention.api import attention
+from strobe.attention.problem import UNLIMITED
+from strobe.errors import MissingExtraError, ProblemError
+
+NAME = "strobe"
+
+
+def register(name: str = NAME) -> None:
+    """Make `attn_implementation=name` work, masks included. Raises MissingExtraError without transformers."""
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError as error:
+        raise MissingExtraError.of("transformers", "integrations") from error
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention call: `[batch, heads, len, head_dim]` in, `[batch, len, heads, head_dim]` out.
+
+    Without a mask, attention is causal where the module says so (`is_causal`); a mask (bool, True:
+    may attend, or additive) already holds the causal and the window part. `sliding_window` (keys a
+    query sees, itself included), `softcap` and `s_aux` (sinks) come as keywords.
+    """
+    if dropout:
+        raise ProblemError(f"dropout is {dropout}; supported: 0.0", hint="call model.eval()")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bias = None
+    window = (UNLIMITED, UNLIMITED)
+    if attention_mask is not None:
+        bias = attention_mask[..., : key.shape[2]]
+        if bias.dtype == torch.bool:
+            zeros = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
+            bias = zeros.masked_fill_(~bias, float("-inf"))
+    elif causal and query.shape[2] > 1:
+        left = kwargs.get("sliding_window")
+        window = (UNLIMITED if left is None else left - 1, 0)
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        window=window,
+        scale=scaling,
+        softcap=kwargs.get("softcap") or 0.0,
+        sinks=kwargs.get("s_aux"),
+        bias=bias,
+    )
+    return cast(torch.Tensor, out), None

@@ -1,0 +1,54 @@
+"""torch.compile and torch.export see one operator: no graph break, the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from strobe.attention import Packed
+from strobe.attention.api import attention
+from strobe.attention.cases import Case
+from strobe.attention.multihead import MultiHeadAttention
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged", "paged_packed"])
+def test_compiles_without_a_graph_break(layout: str) -> None:
+    rows = ((4, 20), (4, 9)) if layout.startswith("pa") else ((4, 20),) * 2
+    inputs = Case("x", rows, layout=layout, causal=True, sinks=True).inputs(torch.float32)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = attention(q, k, v, **inputs.options, return_lse=True)
+        return out * 2, lse
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for given, expected in zip(
+        compiled(inputs.q, inputs.k, inputs.v), call(inputs.q, inputs.k, inputs.v), strict=True
+    ):
+        torch.testing.assert_close(given, expected)
+
+
+def test_the_operator_is_registered_soundly() -> None:
+    q, k, v = torch.randn(3, 2, 6, 2, 16)
+    nothing = [None] * 8
+    for return_lse in (False, True):
+        torch.library.opcheck(
+            torch.ops.strobe.attention.default,
+            (q, k, v, *nothing, [-1, -1], True, None, 0.0, "auto", return_lse),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_export() -> None:
+    module = MultiHeadAttention(32, 4).eval()
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        exported = torch.export.export(module, (x,), {"causal": True})
+        torch.testing.assert_close(exported.module()(x, causal=True), module(x, causal=True))
+    assert any("strobe.attention" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_packed_lengths_may_be_left_out() -> None:
+    sums = torch.tensor([0, 3, 8], dtype=torch.int32)
+    q, k, v = torch.randn(3, 8, 2, 16)
+    given = attention(q, k, v, layout=Packed(sums, sums, 5, 5))
+    torch.testing.assert_close(attention(q, k, v, layout=Packed(sums, sums)), given)

@@ -1,0 +1,129 @@
+"""FlashAttention's signatures over strobe, against plain float64 PyTorch."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from strobe.errors import ProblemError
+from strobe.integrations import flash_attn as fa
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """One row: q `[q_len, heads, dim]`, k and v `[kv_len, kv_heads, dim]`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * q.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(0.0), v).to(q.dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fixed_length(causal: bool) -> None:
+    q, k, v = torch.randn(2, 9, 4, 16), torch.randn(2, 13, 2, 16), torch.randn(2, 13, 2, 16)
+    out = fa.flash_attn_func(q, k, v, causal=causal)
+    for row in range(2):
+        torch.testing.assert_close(out[row], reference(q[row], k[row], v[row], causal), atol=2e-6, rtol=0)
+    again, lse, probabilities = fa.flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+    torch.testing.assert_close(again, out, atol=2e-6, rtol=0)
+    assert lse.shape == (2, 4, 9)
+    assert probabilities is None
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_varlen(paged: bool) -> None:
+    q_lens, kv_lens = [3, 1, 8], [5, 11, 8]
+    cu_q = torch.tensor([0, 3, 4, 12], dtype=torch.int32)
+    cu_k = torch.tensor([0, 5, 16, 24], dtype=torch.int32)
+    q, k, v = torch.randn(12, 4, 8), torch.randn(24, 2, 8), torch.randn(24, 2, 8)
+    k_in, v_in, table = k, v, None
+    if paged:
+        table = torch.tensor([[5, 6, 0], [2, 4, 1], [0, 3, 0]], dtype=torch.int32)
+        k_in, v_in = torch.randn(2, 7, 4, 2, 8)
+        for row in range(3):
+            for at in range(kv_lens[row]):
+                page, slot = int(table[row, at // 4]), at % 4
+                k_in[page, slot], v_in[page, slot] = k[cu_k[row] + at], v[cu_k[row] + at]
+    out = fa.flash_attn_varlen_func(q, k_in, v_in, cu_q, cu_k, 8, 11, causal=True, block_table=table)
+    for row in range(3):
+        at_q, at_k = slice(cu_q[row], cu_q[row] + q_lens[row]), slice(cu_k[row], cu_k[row] + kv_lens[row])
+        torch.testing.assert_close(out[at_q], reference(q[at_q], k[at_k], v[at_k], True), atol=2e-6, rtol=0)
+
+
+def rotate(
+    x: torch.Tensor, position: int, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """x `[heads, dim]`: pairs of numbers turned as complex numbers."""
+    half = cos.shape[1]
+    pairs = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        if interleaved
+        else (slice(0, half), slice(half, 2 * half))
+    )
+    turned = torch.complex(x[:, pairs[0]], x[:, pairs[1]]) * torch.complex(cos[position], sin[position])
+    out = x.clone()
+    out[:, pairs[0]], out[:, pairs[1]] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kv_max", [24, 25])
+def test_cache_is_appended_to_and_read(interleaved: bool, kv_max: int) -> None:
+    lengths = torch.tensor([4, 0, 20], dtype=torch.int32)
+    rows = torch.tensor([3, 0, 1])
+    caches = torch.randn(2, 5, kv_max, 2, 8)
+    k_cache, v_cache = caches.clone()
+    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 2, 8), torch.randn(3, 2, 2, 8)
+    angles = torch.randn(30, 3)
+    cos, sin = angles.cos(), angles.sin()
+    out = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cos, sin, cache_seqlens=lengths, cache_batch_idx=rows, causal=True,
+        rotary_interleaved=interleaved,
+    )  # fmt: skip
+    for i, row in enumerate(rows.tolist()):
+        n = int(lengths[i])
+        keys = torch.stack([rotate(k[i, j], n + j, cos, sin, interleaved) for j in range(2)])
+        queries = torch.stack([rotate(q[i, j], n + j, cos, sin, interleaved) for j in range(2)])
+        torch.testing.assert_close(k_cache[row, n : n + 2], keys, atol=1e-6, rtol=0)
+        torch.testing.assert_close(v_cache[row, n : n + 2], v[i])
+        torch.testing.assert_close(k_cache[row, :n], caches[0, row, :n])
+        expected = reference(queries, k_cache[row, : n + 2], v_cache[row, : n + 2], True)
+        torch.testing.assert_close(out[i], expected, atol=3e-6, rtol=0)
+    untouched = [2, 4]
+    torch.testing.assert_close(k_cache[untouched], caches[0, untouched])
+
+
+def test_paged_cache() -> None:
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    k_pages, v_pages = torch.randn(2, 4, 16, 1, 8)
+    q, lengths = torch.randn(2, 1, 4, 8), torch.tensor([5, 30], dtype=torch.int32)
+    out, lse = fa.flash_attn_with_kvcache(
+        q, k_pages, v_pages, cache_seqlens=lengths, block_table=table, return_softmax_lse=True
+    )
+    assert lse.shape == (2, 4, 1)
+    for row in range(2):
+        k, v = (pages[table[row].long()].flatten(0, 1)[: lengths[row]] for pages in (k_pages, v_pages))
+        torch.testing.assert_close(out[row], reference(q[row], k, v, False), atol=2e-6, rtol=0)
+
+
+def test_what_is_missing_is_refused_by_name() -> None:
+    x = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ProblemError, match=r"dropout_p is 0.1"):
+        fa.flash_attn_func(x, x, x, dropout_p=0.1)
+    with pytest.raises(ProblemError, match="alibi_slopes"):
+        fa.flash_attn_func(x, x, x, alibi_slopes=torch.ones(2))
+    with pytest.raises(ProblemError, match="cache_leftpad"):
+        fa.flash_attn_with_kvcache(x, x, x, cache_leftpad=torch.zeros(1))
+
+
+def test_signatures_begin_like_flash_attns() -> None:
+    names = list(inspect.signature(fa.flash_attn_func).parameters)
+    assert names[:7] == ["q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size"]
+    names = list(inspect.signature(fa.flash_attn_varlen_func).parameters)
+    assert names[3:7] == ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    names = list(inspect.signature(fa.flash_attn_with_kvcache).parameters)
+    assert names[3:8] == ["k", "v", "rotary_cos", "rotary_sin", "cache_seqlens"]

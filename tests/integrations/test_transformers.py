@@ -1,0 +1,55 @@
+"""attn_implementation="strobe": equal greedy tokens, masks included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from strobe.integrations import transformers as strobe_transformers
+
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SMALL, num_attention_heads=6, num_key_value_heads=2),
+    "mistral": transformers.MistralConfig(
+        **SMALL, num_attention_heads=6, num_key_value_heads=2, sliding_window=5
+    ),
+    "qwen2": transformers.Qwen2Config(**SMALL, num_attention_heads=6, num_key_value_heads=2),
+    "gpt2": transformers.GPT2Config(
+        n_embd=48, n_head=6, n_layer=2, vocab_size=97, n_positions=64, pad_token_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_greedy_tokens_are_equal(family: str) -> None:
+    strobe_transformers.register()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    prompt = torch.randint(1, 97, (3, 9))
+    mask = torch.ones_like(prompt)
+    mask[1, :4] = 0  # left padding
+    tokens = {}
+    for implementation in ("eager", "strobe"):
+        model.set_attn_implementation(implementation)
+        tokens[implementation] = model.generate(
+            prompt, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+    assert torch.equal(tokens["eager"], tokens["strobe"])
+
+
+def test_logits_are_equal_without_a_mask() -> None:
+    strobe_transformers.register()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    prompt = torch.randint(1, 97, (2, 13))
+    logits = {}
+    for implementation in ("eager", "strobe"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits[implementation] = model(prompt).logits
+    torch.testing.assert_close(logits["strobe"], logits["eager"], atol=1e-5, rtol=0)
