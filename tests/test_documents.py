@@ -53,9 +53,9 @@ def test_rung_of_the_walkthrough_is_right() -> None:
 def test_verbs_and_targets_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     verbs = set(get_command(app).commands)
-    assert {verb for verb in re.findall(r"[`\n]strobe ([a-z]+)", text)} <= verbs
+    assert set(re.findall(r"[`\n]strobe ([a-z]+)", text)) <= verbs
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {target for target in re.findall(r"[`\n]make ([a-z-]+)", text)} <= targets
+    assert set(re.findall(r"[`\n]make ([a-z-]+)", text)) <= targets
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -8,7 +9,9 @@ from strobe.attention import AttentionProblem, ladder
 
 from .conftest import Cli
 
-DECODE = "--q-len 1 --kv-len 4096 --q-heads 32 --kv-heads 8 --head-dim 128 --causal --page-size 16".split()
+DECODE = shlex.split(
+    "--q-len 1 --kv-len 4096 --q-heads 32 --kv-heads 8 --head-dim 128 --causal --page-size 16"
+)
 
 
 def test_verdict_of_every_kernel(cli: Cli) -> None:

@@ -87,9 +87,10 @@ def _usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     if context is not None:
         hint = f"{context.command_path} --help"
-        if hasattr(error, "possibilities"):
-            known = [flag for param in context.command.params for flag in param.opts]
-            message, hint = error.message, did_you_mean(error.option_name, known) or hint
+        flag = getattr(error, "option_name", None)
+        if flag is not None and message.startswith("No such option"):
+            known = [known for param in context.command.params for known in param.opts]
+            message, hint = error.message, did_you_mean(flag, known) or hint
         elif message.startswith("No such command"):
             message, _, meant = message.partition(" Did you mean ")
             hint = f"did you mean {meant}" if meant else hint
