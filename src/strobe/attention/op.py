@@ -5,6 +5,8 @@ Only traced code goes through it; an eager call runs the rung directly.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from strobe.attention.problem import Dense, Layout, Packed, Paged
@@ -45,26 +47,25 @@ def traced(
 
 
 @torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
-def _run(q, k, v, sinks, bias, page_table, seq_lens, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len,
-         window, causal, scale, softcap, kernel, return_lse):  # fmt: skip
+def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from strobe.attention.api import run
 
+    sinks, bias, page_table, seq_lens, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len = rest[:8]
+    window, causal, scale, softcap, kernel, return_lse = rest[8:]
     layout: Layout = Dense()
     if page_table is not None:
         layout = Paged(page_table, seq_lens, cu_seqlens_q, max_q_len, max_kv_len)
     elif cu_seqlens_q is not None:
         layout = Packed(cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len)
-    out, lse = run(
-        q, k, v, kernel, causal=causal, window=tuple(window), scale=scale, softcap=softcap, sinks=sinks,
-        bias=bias, layout=layout, return_lse=return_lse,
-    )  # fmt: skip
+    options = {"causal": causal, "window": tuple(window), "scale": scale, "softcap": softcap}
+    out, lse = run(q, k, v, kernel, sinks=sinks, bias=bias, layout=layout, return_lse=return_lse, **options)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @torch.library.register_fake("strobe::attention")
-def _fake(q, k, v, sinks, bias, page_table, seq_lens, cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len,
-          window, causal, scale, softcap, kernel, return_lse):  # fmt: skip
+def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return_lse = rest[-1]
     if not return_lse:
         return out, q.new_empty(0, dtype=torch.float32)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
