@@ -45,7 +45,7 @@ format: $(READY)
 	$(RUN) -m ruff format .
 
 gpu-test: $(READY)
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu --gpu-report benchmarks/results
 
 bench: $(READY)
 	$(RUN) -m strobe bench latency --vs transformers

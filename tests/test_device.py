@@ -52,3 +52,11 @@ def test_gpu_is_described() -> None:
 @pytest.mark.parametrize(("arch", "target"), [(80, "sm_80"), (90, "sm_90a"), (100, "sm_100a")])
 def test_target_names_the_exact_architecture(arch: int, target: str) -> None:
     assert device.Gpu(0, "", arch, 1, 1, 1, 1).target == target
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"), ("../x", "x")],
+)
+def test_slug_is_a_plain_folder_name(name: str, slug: str) -> None:
+    assert device.Gpu(0, name, 90, 1, 1, 1, 1).slug == slug

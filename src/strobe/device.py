@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class Gpu:
     def target(self) -> str:
         """The exact architecture that kernels are compiled for: "sm_90a" on Hopper, "sm_80" on Ampere."""
         return f"sm_{self.arch}{'a' if self.arch >= 90 else ''}"
+
+    @property
+    def slug(self) -> str:
+        """The name that its results are filed under: "h200", "geforce-rtx-4090"."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.name.lower().removeprefix("nvidia")))
 
 
 @dataclass(frozen=True)
