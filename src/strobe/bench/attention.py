@@ -1,0 +1,175 @@
+"""Times attention kernels and their peers over shapes: checked first, then timed, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from strobe.attention import ladder
+from strobe.attention.cases import Case, Inputs
+from strobe.attention.check import verdict
+from strobe.attention.problem import AttentionProblem
+from strobe.bench.peers import Peer
+from strobe.bench.results import Row
+from strobe.bench.timer import Timing, measure, measure_graph
+from strobe.errors import KernelRefusedError
+
+_CACHES_BYTES = 192 << 20
+"""Decode rotates among input sets that together outgrow any L2 cache."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A rung ("strobe:name") or a peer: what it refuses, and how to call it on given inputs."""
+
+    name: str
+    refusals: Callable[[AttentionProblem], list[str]]
+    bind: Callable[[Inputs], Callable[[], torch.Tensor]]
+
+
+def of_rung(rung: ladder.Rung, tile: Any = None) -> Provider:
+    """A rung; `tile` goes to those whose tile sizes are parameters."""
+    options = {} if tile is None else {"tile": tile}
+
+    def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
+        problem, out = inputs.problem, torch.full_like(inputs.q, float("nan"))
+
+        def call() -> torch.Tensor:
+            rung.module.run(problem, inputs.q, inputs.k, inputs.v, out, None, **options)
+            return out
+
+        return call
+
+    def refusals(problem: AttentionProblem) -> list[str]:
+        reasons = rung.refusals(problem)
+        return reasons if tile is None else [*reasons, *rung.module.refusals_for_tile(problem, tile)]
+
+    return Provider(f"strobe:{rung.name}", refusals, bind)
+
+
+def of_peer(peer: Peer) -> Provider:
+    def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
+        return peer.make(peer.load(), inputs)
+
+    def refusals(problem: AttentionProblem) -> list[str]:
+        return peer.refusals(problem) or [reason for reason in [peer.missing()] if reason]
+
+    return Provider(peer.name, refusals, bind)
+
+
+def measure_all(
+    cases: Sequence[Case],
+    providers: Sequence[Provider],
+    dtype: str,
+    device: str,
+    *,
+    strict: bool = False,
+    budget_ms: float = 200.0,
+) -> Iterator[Row]:
+    """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
+
+    Prefill is timed call by call with the L2 cache flushed, decode by CUDA-graph replay over caches
+    that together outgrow it. Peak memory is what a call allocates beyond its inputs and its output.
+
+    Raises:
+        KernelRefusedError: with `strict`, the first refusal.
+    """
+    for case in cases:
+        inputs = case.inputs(getattr(torch, dtype), device)
+        for provider in providers:
+            if reasons := provider.refusals(inputs.problem):
+                if strict:
+                    raise KernelRefusedError(
+                        f"{provider.name} refuses ({inputs.problem}): {'; '.join(reasons)}"
+                    )
+                continue
+            yield _row(case, dtype, provider, inputs, budget_ms)
+
+
+def _row(case: Case, dtype: str, provider: Provider, inputs: Inputs, budget_ms: float) -> Row:
+    problem, call = inputs.problem, provider.bind(inputs)
+    out, peak = _peak_bytes(call, inputs)
+    found = verdict(problem, inputs.q, inputs.k, inputs.v, out)
+    row: Row = {
+        "case": described(case, dtype),
+        "provider": provider.name,
+        "checked": found.right,
+        "error": found.error,
+        "error_allowed": found.allowed,
+        "peak_bytes": peak,
+    }
+    if not found.right:
+        return row  # a wrong answer has no speed
+    timing = _time(case, dtype, provider, inputs, call, budget_ms)
+    return row | {
+        "ms": timing.ms,
+        "ms_min": timing.ms_min,
+        "ms_max": timing.ms_max,
+        "tflops": problem.flops() / timing.ms * 1e-9,
+        "gbps": problem.bytes() / timing.ms * 1e-6,
+    }
+
+
+def _time(
+    case: Case,
+    dtype: str,
+    provider: Provider,
+    inputs: Inputs,
+    call: Callable[[], torch.Tensor],
+    budget_ms: float,
+) -> Timing:
+    if inputs.problem.phase == "prefill" or inputs.problem.device != "cuda":
+        return measure(call, inputs.problem.device, budget_ms=budget_ms)
+    sets = max(2, -(-_CACHES_BYTES // max(inputs.problem.bytes(), 1)))
+    others = [
+        provider.bind(case.inputs(getattr(torch, dtype), "cuda", seed)) for seed in range(1, min(sets, 24))
+    ]
+    return measure_graph([call, *others], budget_ms=budget_ms)
+
+
+def _peak_bytes(call: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[torch.Tensor, int | None]:
+    """The call's output, and the device memory it allocated at most; None on a CPU, where nobody counts."""
+    if inputs.problem.device != "cuda":
+        return call(), None
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    # a peer allocates its output in the call, a rung is handed one
+    return out, max(0, peak - (out.numel() * out.element_size() if peak else 0))
+
+
+def described(case: Case, dtype: str) -> dict[str, Any]:
+    """A case as result files name it: shape by its longest row, mask and layout where not plain."""
+    named: dict[str, Any] = {
+        "batch": len(case.rows),
+        "q_len": max(q for q, _ in case.rows),
+        "kv_len": max(kv for _, kv in case.rows),
+        "q_heads": case.q_heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "causal": case.causal,
+        "dtype": dtype,
+    }
+    if case.layout != "dense":
+        named |= {"layout": case.layout}
+    if case.layout.startswith("paged"):
+        named |= {"page_size": case.page_size}
+    if case.window != (-1, -1):
+        named |= {"window": list(case.window)}
+    return named
+
+
+def sweep(case: Case, lengths: Sequence[int]) -> list[Case]:
+    """The case at several lengths: of its keys where it decodes, else of queries and keys alike."""
+    decode = case.layout == "paged" and max(q for q, _ in case.rows) <= 16
+    return [
+        replace(case, name=f"{case.name}@{n}", rows=tuple((q if decode else n, n) for q, _ in case.rows))
+        for n in lengths
+    ]

@@ -1,0 +1,176 @@
+"""Other people's attention, called as they mean it to be called, for timing beside strobe's.
+
+A peer is measured where it can be imported; else it says why not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from strobe.attention.cases import Inputs
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Paged
+from strobe.errors import UnknownNameError
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`load()` gives the library (or raises ImportError or OSError); `make` binds one call's inputs."""
+
+    name: str
+    load: Callable[[], Any]
+    refusals: Callable[[AttentionProblem], list[str]]
+    make: Callable[[Any, Inputs], Call]
+
+    def missing(self) -> str | None:
+        """Why this peer cannot run here, or None."""
+        try:
+            self.load()
+        except (ImportError, OSError, RuntimeError) as error:
+            return " ".join(str(error).split())
+        return None
+
+
+def named(names: list[str]) -> list[Peer]:
+    """The peers of these names. Raises UnknownNameError."""
+    for name in names:
+        if name not in PEERS:
+            raise UnknownNameError.among("peer", name, PEERS)
+    return [PEERS[name] for name in names]
+
+
+def _dense_16_bit(problem: AttentionProblem) -> list[str]:
+    reasons = [] if isinstance(problem.layout, Dense) else ["dense layouts only"]
+    if problem.device != "cuda":
+        reasons.append("needs a GPU")
+    if problem.dtype not in ("float16", "bfloat16"):
+        reasons.append("float16 and bfloat16 only")
+    if (
+        problem.window not in ((UNLIMITED, UNLIMITED), (UNLIMITED, 0))
+        or problem.softcap
+        or problem.sinks is not None
+    ):
+        reasons.append("no window, softcap or sinks in this harness")
+    return reasons
+
+
+def _sdpa(backend: str) -> Peer:
+    def load() -> Any:
+        if not torch.cuda.is_available():
+            raise ImportError("needs a GPU")
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return lambda: sdpa_kernel(SDPBackend[backend])
+
+    def refusals(problem: AttentionProblem) -> list[str]:
+        square = problem.window == (UNLIMITED, UNLIMITED) or problem.q_len == problem.kv_len
+        return [*_dense_16_bit(problem), *([] if square else ["its causal is aligned top-left"])]
+
+    def make(library: Any, inputs: Inputs) -> Call:
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        problem = inputs.problem
+        causal, gqa = problem.masked, problem.group > 1
+
+        def call() -> torch.Tensor:
+            with library():
+                out = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, scale=problem.scale, enable_gqa=gqa
+                )
+            return out.transpose(1, 2)
+
+        return call
+
+    name = {"FLASH_ATTENTION": "fa2", "CUDNN_ATTENTION": "cudnn"}[backend]
+    return Peer(name, load, refusals, make)
+
+
+def _load_fa3() -> Any:
+    """FlashAttention-3 as the `flash_attn_3` operators: from its package, or the file that FLASH_ATTN_3_LIBRARY names."""
+    if not hasattr(torch.ops.flash_attn_3, "fwd"):
+        if library := os.environ.get("FLASH_ATTN_3_LIBRARY"):
+            torch.ops.load_library(library)
+        else:
+            importlib.import_module("flash_attn_3._C")
+    return torch.ops.flash_attn_3.fwd
+
+
+def _fa3_refusals(problem: AttentionProblem) -> list[str]:
+    dense = AttentionProblem(**{**problem.__dict__, "layout": Dense()}) if problem.paged else problem
+    return [*_dense_16_bit(dense), *([] if problem.arch == 90 else ["Hopper only"])]
+
+
+def _make_fa3(forward: Any, inputs: Inputs) -> Call:
+    problem, layout = inputs.problem, inputs.problem.layout
+    options: dict[str, Any] = {
+        "softmax_scale": problem.scale,
+        "is_causal": problem.masked,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "num_splits": 1,
+    }
+    if isinstance(layout, Paged):
+        pages = layout.page_table.clamp_max(inputs.k.shape[0] - 1)
+        options |= {"seqused_k": layout.seq_lens, "page_table": pages, "num_splits": 0}
+    return lambda: forward(inputs.q, inputs.k, inputs.v, **options)[0]
+
+
+def _make_fa4(forward: Any, inputs: Inputs) -> Call:
+    problem = inputs.problem
+    scale, causal = problem.scale, problem.masked
+    return lambda: forward(inputs.q, inputs.k, inputs.v, softmax_scale=scale, causal=causal)[0]
+
+
+def _flashinfer_refusals(problem: AttentionProblem) -> list[str]:
+    reasons = [] if problem.paged and problem.q_len == 1 else ["paged decode only"]
+    return reasons + ([] if problem.device == "cuda" else ["needs a GPU"])
+
+
+def _make_flashinfer(library: Any, inputs: Inputs) -> Call:
+    problem, layout = inputs.problem, inputs.problem.layout
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=problem.group >= 4
+    )
+    assert isinstance(layout, Paged)
+    counts = [-(-n // problem.page_size) for n in layout.host_lens]
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    pages = torch.cat([layout.page_table[row, :n] for row, n in enumerate(counts)])
+    last = torch.tensor([(n - 1) % problem.page_size + 1 for n in layout.host_lens]).int()
+    wrapper.plan(
+        starts.cuda(), pages, last.cuda(), problem.q_heads, problem.kv_heads, problem.head_dim,
+        problem.page_size, q_data_type=inputs.q.dtype, kv_data_type=inputs.k.dtype, sm_scale=problem.scale,
+    )  # fmt: skip
+    q, cache = inputs.q.squeeze(1), (inputs.k, inputs.v)
+    return lambda: wrapper.run(q, cache).unsqueeze(1)
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        _sdpa("FLASH_ATTENTION"),
+        _sdpa("CUDNN_ATTENTION"),
+        Peer("fa3", _load_fa3, _fa3_refusals, _make_fa3),
+        Peer(
+            "fa4",
+            lambda: importlib.import_module("flash_attn.cute").flash_attn_func,
+            lambda problem: (
+                _dense_16_bit(problem) + ([] if problem.arch >= 90 else ["Hopper and later only"])
+            ),
+            _make_fa4,
+        ),
+        Peer(
+            "flashinfer",
+            lambda: importlib.import_module("flashinfer"),
+            _flashinfer_refusals,
+            _make_flashinfer,
+        ),
+    )
+}
