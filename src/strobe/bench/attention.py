@@ -11,11 +11,11 @@ import torch
 from strobe.attention import ladder
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
-from strobe.attention.problem import AttentionProblem
+from strobe.attention.problem import DTYPE_BYTES, AttentionProblem
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
 from strobe.bench.timer import Timing, measure, measure_graph
-from strobe.errors import KernelRefusedError
+from strobe.errors import KernelRefusedError, UnknownNameError
 
 _CACHES_BYTES = 192 << 20
 """Decode rotates among input sets that together outgrow any L2 cache."""
@@ -78,7 +78,7 @@ def measure_all(
         KernelRefusedError: with `strict`, the first refusal.
     """
     for case in cases:
-        inputs = case.inputs(getattr(torch, dtype), device)
+        inputs = case.inputs(torch_dtype(dtype), device)
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
                 if strict:
@@ -125,7 +125,7 @@ def _time(
         return measure(call, inputs.problem.device, budget_ms=budget_ms)
     sets = max(2, -(-_CACHES_BYTES // max(inputs.problem.bytes(), 1)))
     others = [
-        provider.bind(case.inputs(getattr(torch, dtype), "cuda", seed)) for seed in range(1, min(sets, 24))
+        provider.bind(case.inputs(torch_dtype(dtype), "cuda", seed)) for seed in range(1, min(sets, 24))
     ]
     return measure_graph([call, *others], budget_ms=budget_ms)
 
@@ -143,6 +143,13 @@ def _peak_bytes(call: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[torch
     peak = torch.cuda.max_memory_allocated() - before
     # a peer allocates its output in the call, a rung is handed one
     return out, max(0, peak - (out.numel() * out.element_size() if peak else 0))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of this name. Raises UnknownNameError where attention has none such."""
+    if name not in DTYPE_BYTES:
+        raise UnknownNameError.among("dtype", name, DTYPE_BYTES)
+    return getattr(torch, name)
 
 
 def described(case: Case, dtype: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +53,8 @@ def _dense_16_bit(problem: AttentionProblem) -> list[str]:
         reasons.append("needs a GPU")
     if problem.dtype not in ("float16", "bfloat16"):
         reasons.append("float16 and bfloat16 only")
-    if (
-        problem.window not in ((UNLIMITED, UNLIMITED), (UNLIMITED, 0))
-        or problem.softcap
-        or problem.sinks is not None
-    ):
+    plain_mask = problem.window in ((UNLIMITED, UNLIMITED), (UNLIMITED, 0))
+    if not plain_mask or problem.softcap or problem.sinks is not None:
         reasons.append("no window, softcap or sinks in this harness")
     return reasons
 
@@ -93,7 +90,7 @@ def _sdpa(backend: str) -> Peer:
 
 
 def _load_fa3() -> Any:
-    """FlashAttention-3 as the `flash_attn_3` operators: from its package, or the file that FLASH_ATTN_3_LIBRARY names."""
+    """Its operators: from the flash_attn_3 package, or from the file that FLASH_ATTN_3_LIBRARY names."""
     if not hasattr(torch.ops.flash_attn_3, "fwd"):
         if library := os.environ.get("FLASH_ATTN_3_LIBRARY"):
             torch.ops.load_library(library)
@@ -134,12 +131,11 @@ def _flashinfer_refusals(problem: AttentionProblem) -> list[str]:
 
 
 def _make_flashinfer(library: Any, inputs: Inputs) -> Call:
-    problem, layout = inputs.problem, inputs.problem.layout
+    problem, layout = inputs.problem, cast(Paged, inputs.problem.layout)
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
         workspace, "NHD", use_tensor_cores=problem.group >= 4
     )
-    assert isinstance(layout, Paged)
     counts = [-(-n // problem.page_size) for n in layout.host_lens]
     starts = torch.tensor([0, *counts]).cumsum(0).int()
     pages = torch.cat([layout.page_table[row, :n] for row, n in enumerate(counts)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ def measure_graph(calls: Sequence[Callable[[], object]], *, budget_ms: float = 2
                 graph.replay()
                 event.record()
             stream.synchronize()
-            return [a.elapsed_time(b) / len(calls) for a, b in zip(events, events[1:], strict=False)]
+            return [a.elapsed_time(b) / len(calls) for a, b in itertools.pairwise(events)]
 
         batch(2)
         once = statistics.median(batch(3)) * len(calls)
