@@ -19,7 +19,7 @@ from strobe.ops.norm import layer_norm
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A weight and its bias: of a norm, `[hidden]` both; of a projection, `[outputs, inputs]` and `[outputs]`."""
+    """A norm's weight and bias, `[hidden]` both; or a projection's, `[outputs, inputs]` and `[outputs]`."""
 
     weight: torch.Tensor
     bias: torch.Tensor

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension: float64, then x's dtype."""
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in float64."""
     wide = x.double()
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()).to(x.dtype)
 
@@ -18,7 +18,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 def layer_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension: float64, then x's dtype."""
+    """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, in float64."""
     wide = x.double()
     centred = wide - wide.mean(-1, keepdim=True)
     scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()

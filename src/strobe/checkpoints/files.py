@@ -1,0 +1,60 @@
+"""Reading small files that somebody else wrote: bounded, and errors name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from strobe.errors import CheckpointError
+
+JSON_LIMIT = 64 << 20
+"""Bytes of the largest JSON file read: big vocabularies take a tenth of it."""
+
+
+def inside(folder: Path, name: object) -> Path:
+    """`folder / name`, for a plain file name.
+
+    Raises:
+        CheckpointError: the name is no plain file name, and could lead out of the folder.
+    """
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or "\0" in name
+        or {"/", "\\", os.sep} & set(name)
+    ):
+        raise CheckpointError(f"{folder} names the file {name!r}; supported: a file in that folder")
+    return folder / name
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: missing, unreadable or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise CheckpointError(f"{path} is larger than {limit:,} bytes")
+    return data
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: as `read_bytes`; not JSON; not an object.
+    """
+    try:
+        value = json.loads(read_bytes(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; supported: an object")
+    return value

@@ -1,0 +1,207 @@
+"""Text to token ids and back, over the `tokenizers` library.
+
+Byte-level vocabularies (GPT-2, Llama 3, Qwen) spell each byte as a printable character; sentencepiece
+ones (Llama 2, Mistral) write a space as "▁" and spell bytes they have no piece for as "<0x0A>".
+Decoding goes by way of bytes in both, so that any run of tokens has one text: that of its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from strobe.checkpoints.chat import ChatTemplate, Message
+from strobe.checkpoints.files import JSON_LIMIT, read_bytes
+from strobe.errors import RequestError, TokenizerError
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SPACE = "▁"
+
+
+def byte_characters() -> list[str]:
+    """The character that spells each byte in a byte-level vocabulary (Radford et al. 2019, section 2.2).
+
+    Bytes that print in Latin-1 stand for themselves; the others take the characters from 256 on.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer.
+
+    `special` names its special tokens by role ("bos_token", "eos_token", ...), as chat templates do.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special: Mapping[str, str] | None = None,
+        chat_template: ChatTemplate | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self.special = dict(special or {})
+        self.chat_template = chat_template
+        self.path = path
+        self._backend = backend
+        self._added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        kinds = self._decoder_kinds()
+        self._byte_level = "ByteLevel" in kinds
+        if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
+            raise TokenizerError(
+                f"{path or 'tokenizer'} decodes by {', '.join(sorted(kinds)) or 'nothing'}; "
+                "supported: ByteLevel, ByteFallback, Metaspace"
+            )
+        self._strips_space = not self._byte_level and "Strip" in kinds | self._metaspace_strip(kinds)
+
+    @classmethod
+    def from_json(
+        cls, path: Path, settings: Mapping[str, Any], template_path: Path | None = None
+    ) -> Tokenizer:
+        """A tokenizer.json, with its tokenizer_config.json's `settings` and perhaps a chat_template.jinja.
+
+        Raises:
+            TokenizerError: broken, or of a kind that cannot be decoded by bytes.
+        """
+        text = read_bytes(path, JSON_LIMIT)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text.decode())
+        except Exception as error:  # the library raises bare Exception for all that it dislikes
+            raise TokenizerError(f"{path} is not a tokenizer: {error}") from error
+        return cls.with_settings(backend, path, settings, template_path)
+
+    @classmethod
+    def with_settings(
+        cls,
+        backend: tokenizers.Tokenizer,
+        path: Path,
+        settings: Mapping[str, Any],
+        template_path: Path | None = None,
+    ) -> Tokenizer:
+        """A tokenizer with the special tokens and the chat template that a tokenizer_config.json gives it."""
+        special = {}
+        for role, token in settings.items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(content, str):
+                special[role] = content
+        return cls(
+            backend,
+            special=special,
+            chat_template=ChatTemplate.find(settings, path.parent / "tokenizer_config.json", template_path),
+            path=path,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        return self._id("eos_token")
+
+    def _id(self, role: str) -> int | None:
+        token = self.special.get(role)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text; `add_special` adds what the checkpoint puts around a text (mostly bos).
+
+        Raises:
+            RequestError: the text is no valid Unicode.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special).ids
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text holds a lone surrogate at {error.start}") from error
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids: without special tokens, and with U+FFFD for what is no UTF-8.
+
+        A sentencepiece vocabulary puts a space before the first word of a text; it is taken off again.
+        """
+        skipped = self._special_ids if skip_special else frozenset()
+        data = b"".join([self.token_bytes(token) for token in ids if token not in skipped])
+        text = data.decode("utf-8", errors="replace")
+        return text[1:] if self._strips_space and text.startswith(" ") else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; nothing for an id that the vocabulary has no token for."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._spell(token_id)
+        return found
+
+    def _spell(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return b"".join(self._byte_of.get(character, character.encode()) for character in token)
+        if spelled := _BYTE_PIECE.fullmatch(token):
+            return bytes([int(spelled[1], 16)])
+        return token.replace(SPACE, " ").encode()
+
+    @cached_property
+    def _byte_of(self) -> dict[str, bytes]:
+        return {character: bytes([byte]) for byte, character in enumerate(byte_characters())}
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """A conversation as the text that the model was trained on; encode it with `add_special=False`.
+
+        Raises:
+            RequestError: the checkpoint brings no template, or its template refuses these messages.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                f"{self.path or 'this tokenizer'} brings no chat template",
+                hint="give a plain prompt, or a checkpoint that was trained to chat",
+            )
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return self.chat_template.render(messages, {**self.special, **given})
+
+    def _decoder_kinds(self) -> set[str]:
+        """Every type named in the decoder, those in sequences too."""
+        found: set[str] = set()
+        stack = [_state(self._backend.decoder) or _state(self._backend.pre_tokenizer)]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, dict):
+                found.add(str(item.get("type")))
+                stack.extend(item.values())
+            elif isinstance(item, list):
+                stack.extend(item)
+        return found - {"None", "Sequence"}
+
+    def _metaspace_strip(self, kinds: set[str]) -> set[str]:
+        """{"Strip"} where a Metaspace decoder takes the first space off."""
+        state = _state(self._backend.decoder) if "Metaspace" in kinds else None
+        return {"Strip"} if state and state.get("prepend_scheme", "always") != "never" else set()
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """The JSON of one part of a tokenizer."""
+    return None if part is None else json.loads(part.__getstate__())

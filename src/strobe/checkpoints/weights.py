@@ -1,0 +1,162 @@
+"""Foreign tensors into our weights: checked by name and shape first, then copied piece by piece.
+
+A format describes each of its files as a `WeightFile`. Nothing is allocated before every file's
+header has been compared with what the config asks for, so a lying file costs no memory. Then the
+files are read one after the other, each mapped into memory only while its own tensors are copied to
+their places on the device: the host holds at most one file's pages and one piece at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from strobe.errors import CheckpointError
+from strobe.models import network
+from strobe.models.config import ModelConfig
+from strobe.models.gpt2 import Affine, GPT2Weights
+from strobe.models.llama import LlamaWeights
+
+PIECE = 16 << 20
+"""Elements copied at a time: bounds what a change of dtype takes on the host."""
+
+Places = Mapping[str, torch.Tensor]
+"""Where each tensor goes, by its Hugging Face name: views of our weights, shaped like the file's tensors."""
+
+
+class WeightFile(Protocol):
+    """One file of weights."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Its tensors by the file's own names, from the header alone, less those that no network needs."""
+
+    def views(self, places: Places) -> Places:
+        """Where its tensors go, by the file's own names: exactly those that it must hold."""
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Its tensors, mapped or read one at a time; may repeat or leave out none of `shapes`."""
+
+
+def load_weights(
+    config: ModelConfig, files: Sequence[WeightFile], *, device: torch.device | str, dtype: torch.dtype
+) -> network.Weights:
+    """The weights of a network, out of its files.
+
+    Raises:
+        CheckpointError: a tensor is missing, not expected, of a wrong shape or no floating-point number.
+    """
+    sketch = places(config, network.allocate(config, device="meta", dtype=dtype))
+    for file in files:
+        _compare(file, file.views(sketch))
+    weights = network.allocate(config, device=device, dtype=dtype)
+    ours = places(config, weights)
+    for file in files:
+        views = file.views(ours)
+        for name, tensor in file.read():
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: floating point")
+            _copy(views[name], tensor)
+    return weights
+
+
+def _compare(file: WeightFile, views: Places) -> None:
+    shapes = file.shapes()
+    if missing := [name for name in views if name not in shapes]:
+        raise CheckpointError(f"{file.path} lacks {_some(missing)}")
+    if unexpected := [name for name in shapes if name not in views]:
+        raise CheckpointError(
+            f"{file.path} holds tensors that its config has no place for: {_some(unexpected)}"
+        )
+    for name, view in views.items():
+        if tuple(shapes[name]) != tuple(view.shape):
+            raise CheckpointError(
+                f"{file.path}: {name} is {list(shapes[name])}; its config asks for {list(view.shape)}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _copy(to: torch.Tensor, tensor: torch.Tensor) -> None:
+    rows = max(1, PIECE // max(1, tensor[0].numel()))
+    for start in range(0, tensor.shape[0], rows):
+        to[start : start + rows].copy_(tensor[start : start + rows])
+
+
+def places(config: ModelConfig, weights: network.Weights) -> dict[str, torch.Tensor]:
+    """Where each Hugging Face tensor goes. Merged projections are filled slice by slice."""
+    if isinstance(weights, LlamaWeights):
+        return _llama_places(config, weights)
+    return _gpt2_places(weights)
+
+
+def _llama_places(config: ModelConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor | None] = {
+        "model.embed_tokens.weight": weights.embedding,
+        "model.norm.weight": weights.norm,
+        "lm_head.weight": None if config.tie_embeddings else weights.head,
+    }
+    for index, layer in enumerate(weights.layers):
+        block = f"model.layers.{index}."
+        attention = block + "self_attn."
+        sizes = (config.q_size, config.kv_size, config.kv_size)
+        for name, part in zip("qkv", layer.qkv.split(sizes), strict=True):
+            found[f"{attention}{name}_proj.weight"] = part
+        if layer.qkv_bias is not None:
+            for name, part in zip("qkv", layer.qkv_bias.split(sizes), strict=True):
+                found[f"{attention}{name}_proj.bias"] = part
+        gate, up = layer.gate_up.chunk(2)
+        found |= {
+            attention + "q_norm.weight": layer.q_norm,
+            attention + "k_norm.weight": layer.k_norm,
+            attention + "o_proj.weight": layer.output,
+            attention + "o_proj.bias": layer.output_bias,
+            block + "input_layernorm.weight": layer.attention_norm,
+            block + "post_attention_layernorm.weight": layer.mlp_norm,
+            block + "mlp.gate_proj.weight": gate,
+            block + "mlp.up_proj.weight": up,
+            block + "mlp.down_proj.weight": layer.down,
+        }
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def _gpt2_places(weights: GPT2Weights) -> dict[str, torch.Tensor]:
+    found = {"wte.weight": weights.embedding, "wpe.weight": weights.positions}
+    if weights.head is not weights.embedding:
+        found["lm_head.weight"] = weights.head
+
+    def norm(name: str, to: Affine) -> None:
+        found[name + ".weight"], found[name + ".bias"] = to.weight, to.bias
+
+    def projection(name: str, to: Affine) -> None:
+        # Conv1D keeps its weight as [inputs, outputs].
+        found[name + ".weight"], found[name + ".bias"] = to.weight.t(), to.bias
+
+    norm("ln_f", weights.norm)
+    for index, layer in enumerate(weights.layers):
+        block = f"h.{index}."
+        norm(block + "ln_1", layer.attention_norm)
+        norm(block + "ln_2", layer.mlp_norm)
+        projection(block + "attn.c_attn", layer.qkv)
+        projection(block + "attn.c_proj", layer.output)
+        projection(block + "mlp.c_fc", layer.up)
+        projection(block + "mlp.c_proj", layer.down)
+    return found
+
+
+def halve_rotation_pairs(config: ModelConfig, weights: LlamaWeights) -> None:
+    """Reorder queries and keys from neighbouring rotation pairs to pairs half a head apart, in place.
+
+    Meta's files and llama2.c's turn features (2i, 2i + 1) together; we turn (i, i + head_dim/2).
+    """
+    pairs = config.head_dim // 2
+    for layer in weights.layers:
+        rows = layer.qkv[: config.q_size + config.kv_size]
+        rows.copy_(rows.view(-1, pairs, 2, config.hidden).transpose(1, 2).reshape(rows.shape))
