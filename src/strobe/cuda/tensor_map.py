@@ -38,6 +38,8 @@ def tensor_map(
 ) -> TensorMap:
     """Describe a tensor to the copy engine (cuTensorMapEncodeTiled). The result is shared: do not write it.
 
+    A copy's innermost coordinate must fall on 16 bytes: others are an illegal instruction on Hopper.
+
     Args:
         pointer: its first byte, 16-byte aligned.
         dtype: a torch dtype's name; float8 is copied as uint8.
