@@ -134,10 +134,13 @@ class Tokenizer:
 
         A sentencepiece vocabulary puts a space before the first word of a text; it is taken off again.
         """
-        skipped = self._special_ids if skip_special else frozenset()
-        data = b"".join([self.token_bytes(token) for token in ids if token not in skipped])
-        text = data.decode("utf-8", errors="replace")
+        text = self.bytes_of(ids, skip_special).decode("utf-8", errors="replace")
         return text[1:] if self._strips_space and text.startswith(" ") else text
+
+    def bytes_of(self, ids: Sequence[int], skip_special: bool = True) -> bytes:
+        """The bytes of token ids laid end to end, as they come: whole characters only where the text is."""
+        skipped = self._special_ids if skip_special else frozenset()
+        return b"".join([self.token_bytes(token) for token in ids if token not in skipped])
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for; nothing for an id that the vocabulary has no token for."""

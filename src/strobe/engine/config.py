@@ -52,6 +52,11 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise SettingsError(f"{name} is {value!r}; supported: an integer from {low} to {high}")
+        if not isinstance(self.prefix_cache, bool):
+            raise SettingsError(f"prefix_cache is {self.prefix_cache!r}; supported: True or False")
+        for name in ("attention_kernel", "linear_kernel"):
+            if not isinstance(getattr(self, name), str):
+                raise SettingsError(f'{name} is {getattr(self, name)!r}; supported: a name, or "auto"')
         gib = self.kv_cache_gib
         number = isinstance(gib, (int, float)) and not isinstance(gib, bool)
         if gib is not None and not (number and 0 < gib < math.inf):

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from strobe.engine.config import EngineConfig
-from strobe.engine.detokenizer import CONTEXT_TOKENS, Decoder, Detokenizer
+from strobe.engine.detokenizer import Decoder, Detokenizer
 from strobe.engine.kv_cache import KvCache
 from strobe.engine.memory import plan_pages
 from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
@@ -221,7 +221,7 @@ class Engine:
     def _detokenizer(self, request: Request) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
-        return Detokenizer(self.tokenizer, request.prompt_token_ids[-CONTEXT_TOKENS:], request.params.stop)
+        return Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop)
 
 
 def _chunk(sequence: Sequence, text: str) -> StreamChunk:
