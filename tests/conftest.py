@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from collections import Counter
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, also by subprocesses
@@ -36,32 +32,17 @@ def pytest_terminal_summary(
     if folder is None:
         return
     from strobe import device
+    from strobe.bench.results import Result
 
-    machine = device.machine()
-    if not machine.gpus:
+    gpus = device.machine().gpus
+    if not gpus:
         return
     counts = Counter({kind: len(terminalreporter.getreports(kind)) for kind in ("passed", "failed", "error")})
     skipped = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
-    report = {
-        "bench": "gpu_tests",
-        "commit": _commit(),
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": asdict(machine),
-        "rows": [{**counts, "skipped": dict(skipped), "exit_status": int(exitstatus)}],
-    }
-    path = folder / machine.gpus[0].slug / "gpu_tests.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    row = {**counts, "skipped": dict(skipped), "exit_status": int(exitstatus)}
+    path = folder / gpus[0].slug / "gpu_tests.json"
+    Result.here("gpu_tests", [row]).save(path)
     terminalreporter.write_line(f"counts are in {path}")
-
-
-def _commit() -> str | None:
-    """The commit under test; None where the tree is no git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

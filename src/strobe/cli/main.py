@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from strobe import __version__, settings
-from strobe.cli import cache, chat, console, env, explain, generate
+from strobe.cli import cache, chat, console, env, explain, generate, ladder, verify
 from strobe.errors import StrobeError, did_you_mean
 
 app = typer.Typer(
@@ -23,8 +23,10 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("verify")(verify.verify)
 app.command("explain")(explain.explain)
 app.command("env")(env.env)
+app.command("ladder")(ladder.ladder)
 app.add_typer(cache.app, name="cache")
 
 
