@@ -224,3 +224,19 @@ DECODE_BENCH: tuple[Case, ...] = (
     decode_shape(8, 32768, 32, 8, 64),
     decode_shape(256, 1024, 32, 8, 128),
 )
+LADDER_BENCH: tuple[Case, ...] = (
+    *(prefill_shape(32, 1024, 8, 8, head_dim, False) for head_dim in (32, 128)),
+    *(
+        prefill_shape(batch, tokens, 512 // head_dim, 512 // head_dim, head_dim, False)
+        for head_dim in (64, 128)
+        for batch, tokens in ((32, 512), (16, 1024), (8, 2048), (4, 4096))
+    ),
+    *(
+        prefill_shape(batch, seq, 8, 8, 64, causal)
+        for causal in (False, True)
+        for batch, seq in ((4, 128), (8, 512), (16, 1024), (32, 2048), (64, 4096))
+    ),
+    prefill_shape(1, 2048, 32, 32, 64, False),
+)
+"""The standard tables, over every rung."""
+SUITES = {"prefill": PREFILL_BENCH, "decode": DECODE_BENCH, "ladder": LADDER_BENCH}

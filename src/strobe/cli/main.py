@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from strobe import __version__, settings
-from strobe.cli import cache, chat, console, env, explain, generate, ladder, verify
+from strobe.cli import bench, cache, chat, console, env, explain, generate, ladder, verify
 from strobe.errors import StrobeError, did_you_mean
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("verify")(verify.verify)
 app.command("explain")(explain.explain)
 app.command("env")(env.env)
 app.command("ladder")(ladder.ladder)
+app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 
 

@@ -1,0 +1,60 @@
+"""Markdown tables made from result rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from strobe.bench.results import Row
+
+
+def case_name(case: dict[str, Any]) -> str:
+    """One line for a shape: "batch 4, 2048, heads 32/8 x 128, causal"."""
+    heads = str(case["q_heads"])
+    if case["kv_heads"] != case["q_heads"]:
+        heads += f"/{case['kv_heads']}"
+    length = str(case["kv_len"])
+    if case["q_len"] != case["kv_len"]:
+        length = f"{case['q_len']} x {length}"
+    mask = "causal" if case["causal"] else "full"
+    parts = [f"batch {case['batch']}", length, f"heads {heads} x {case['head_dim']}", mask]
+    if "page_size" in case:
+        parts[-1] = f"page {case['page_size']}"
+    return ", ".join(parts)
+
+
+def by_provider(rows: Sequence[Row], cell: Callable[[Row], str], *, best: str | None = None) -> str:
+    """Cases down, providers across. `best` names the field whose largest value is set in bold."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    cases = list(dict.fromkeys(case_name(row["case"]) for row in rows))
+    found = {(case_name(row["case"]), row["provider"]): row for row in rows}
+    lines = []
+    for case in cases:
+        here = [found.get((case, provider)) for provider in providers]
+        most = max((row[best] for row in here if row and best in row), default=None) if best else None
+        cells = []
+        for row in here:
+            text = "–" if row is None else cell(row)
+            cells.append(f"**{text}**" if row and best and row.get(best) == most else text)
+        lines.append([case, *cells])
+    return markdown(["", *(name.removeprefix("strobe:") for name in providers)], lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its columns aligned in the source too."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, rows)]) + "\n"
+
+
+def speed(field: str) -> Callable[[Row], str]:
+    """A cell that shows a figure, or that the answer was wrong."""
+    return lambda row: f"{row[field]:.4g}" if row["checked"] else "WRONG"
+
+
+def memory(row: Row) -> str:
+    """A cell of extra memory in MiB."""
+    return "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}"

@@ -1,0 +1,11 @@
+"""`strobe bench`: measurements, each beside a peer where one can be imported."""
+
+from __future__ import annotations
+
+import typer
+
+from strobe.cli import bench_attention
+
+app = typer.Typer(help="Measure kernels and the engine, beside their peers.", no_args_is_help=True)
+app.command("attention")(bench_attention.attention)
+app.command("memory")(bench_attention.memory)

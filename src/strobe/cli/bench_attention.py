@@ -1,0 +1,195 @@
+"""`strobe bench attention`, `memory` and `roofline`: kernels beside their peers over shapes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from strobe import device as devices
+from strobe import settings
+from strobe.attention import ladder
+from strobe.cli import console
+from strobe.cli.options import Device, Json
+from strobe.errors import StrobeError, UnknownNameError
+
+Batch = Annotated[int, typer.Option(help="Rows.")]
+Seq = Annotated[str, typer.Option(help="Lengths, with --sweep several: 512,1k,16k. Keys where it decodes.")]
+Heads = Annotated[int, typer.Option(help="Query heads.")]
+KvHeads = Annotated[int | None, typer.Option(help="Key heads. [default: --heads]")]
+HeadDim = Annotated[int, typer.Option(help="Size of a head.")]
+Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")]
+Decode = Annotated[bool, typer.Option("--decode", help="One query a row against a paged cache.")]
+PageSize = Annotated[int, typer.Option(help="Tokens of a page, with --decode.")]
+Dtype = Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")]
+Kernels = Annotated[str, typer.Option("--kernel", "-k", help="Kernels, by name; `all` that fit.")]
+Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa4, flashinfer.")]
+Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill, decode or ladder.")]
+TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
+Plot = Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
+Save = Annotated[
+    Path | None, typer.Option(help="Write the result file here; `auto` for benchmarks/results/<machine>/.")
+]
+Commit = Annotated[str | None, typer.Option(help="The sources' commit, where they have no git folder.")]
+
+
+def attention(
+    batch: Batch = 1,
+    seq: Seq = "4k",
+    heads: Heads = 16,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 128,
+    causal: Causal = False,
+    decode: Decode = False,
+    page_size: PageSize = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    kernel: Kernels = "all",
+    vs: Vs = "",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Time every length of --seq.")] = False,
+    suite: Suite = None,
+    tile: TileSizes = None,
+    plot: Plot = None,
+    csv: Csv = False,
+    save: Save = None,
+    commit: Commit = None,
+    json: Json = False,
+) -> None:
+    """Check, then time attention kernels and peers over one shape, a sweep or a suite, in one run."""
+    from strobe.attention.cases import SUITES, decode_shape, prefill_shape
+    from strobe.bench import plots
+    from strobe.bench.results import Result, default_path
+
+    if plot is not None:
+        plots.check_path(plot)
+    lengths = [length(text) for text in seq.split(",")]
+    if len(lengths) > 1 and not sweep:
+        raise StrobeError(f"--seq {seq} has several lengths", hint="add --sweep")
+    if suite is not None and suite not in SUITES:
+        raise UnknownNameError.among("suite", suite, SUITES)
+    if suite is not None:
+        cases = list(SUITES[suite])
+    elif decode:
+        cases = [decode_shape(batch, n, heads, kv_heads or heads, head_dim, page_size) for n in lengths]
+    else:
+        cases = [prefill_shape(batch, n, heads, kv_heads or heads, head_dim, causal) for n in lengths]
+    where = devices.resolve(settings.load(device=device).device).partition(":")[0]
+    dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    phase = "decode" if suite == "decode" or decode else "prefill"
+    rows, roof = _measure(cases, phase, kernel, vs, tile, dtype, where)
+    bench = suite or "attention"
+    result = Result.here(bench, rows, commit=commit, ceilings=roof.as_dict())
+    if save is not None:
+        result.save(default_path(bench) if str(save) == "auto" else save)
+    if plot is not None:
+        plots.against_length(rows, plot, f"{cases[0]}, {dtype}")
+    if json:
+        console.write_json(result.__dict__)
+    elif csv:
+        _write_csv(rows)
+    else:
+        _write_table(rows, phase, roof)
+
+
+def memory(
+    batch: Batch = 1,
+    seq: Seq = "1k,2k,4k",
+    heads: Heads = 8,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = 64,
+    causal: Causal = False,
+    dtype: Dtype = None,
+    save: Save = None,
+    commit: Commit = None,
+    json: Json = False,
+) -> None:
+    """Peak device memory of each kernel beyond its inputs and output, in MiB, as a markdown table."""
+    from strobe.attention.cases import prefill_shape
+    from strobe.bench import tables
+    from strobe.bench.results import Result, default_path
+
+    devices.resolve("cuda")
+    lengths = [length(text) for text in seq.split(",")]
+    cases = [prefill_shape(batch, n, heads, kv_heads or heads, head_dim, causal) for n in lengths]
+    rows, _ = _measure(cases, "prefill", "all", "", None, dtype or "bfloat16", "cuda")
+    result = Result.here("memory", rows, commit=commit)
+    if save is not None:
+        result.save(default_path("memory") if str(save) == "auto" else save)
+    if json:
+        console.write_json(result.__dict__)
+    else:
+        console.write(tables.by_provider(rows, tables.memory))
+
+
+def _measure(
+    cases: list[Any], phase: str, kernel: str, vs: str, tile: str | None, dtype: str, where: str
+) -> tuple[list[dict[str, Any]], Any]:
+    from strobe.bench import peers
+    from strobe.bench.attention import measure_all, of_peer, of_rung
+    from strobe.bench.ceilings import ceilings
+
+    every = ladder.DECODE if phase == "decode" else ladder.PREFILL
+    rungs = every if kernel == "all" else [ladder.find(name, phase) for name in kernel.split(",")]
+    sizes = None if tile is None else tile_sizes(tile)
+    named = peers.named([name for name in vs.split(",") if name])
+    for peer in named:
+        if reason := peer.missing():
+            raise StrobeError(f"{peer.name} cannot run here: {reason}")
+    providers = [*(of_rung(rung, sizes) for rung in rungs), *map(of_peer, named)]
+    rows: list[dict[str, Any]] = []
+    bar, task = console.progress(len(cases), "shapes")
+    with bar:
+        for case in cases:
+            rows += measure_all([case], providers, dtype, where, strict=kernel != "all" and not named)
+            bar.advance(task)
+    return rows, ceilings(where, dtype)
+
+
+def length(text: str) -> int:
+    """ "4k" → 4096."""
+    number, kilo = text.strip().lower().removesuffix("k"), text.strip().lower().endswith("k")
+    if not number.isdigit() or not 0 < int(number) <= 1 << 24:
+        raise StrobeError(f"length {text!r}; supported: 1 to 16384k, as 512 or 4k")
+    return int(number) * (1024 if kilo else 1)
+
+
+def tile_sizes(text: str) -> dict[str, int]:
+    """ "q=64,k=128" → {"q": 64, "k": 128}."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.strip().isidentifier() or not size.strip().isdigit():
+            raise StrobeError(f"tile {text!r}; supported: name=size pairs, as q=64,k=128")
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def _write_csv(rows: list[dict[str, Any]]) -> None:
+    flat = [{**row["case"], **{k: v for k, v in row.items() if k != "case"}} for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    writer = csv.DictWriter(sys.stdout, columns)
+    writer.writeheader()
+    writer.writerows(flat)
+
+
+def _write_table(rows: list[dict[str, Any]], phase: str, roof: Any) -> None:
+    from strobe.bench import tables
+
+    table = []
+    for row in rows:
+        name = tables.case_name(row["case"])
+        if not row["checked"]:
+            table.append([name, row["provider"], "WRONG", "", "", f"error {row['error']:.3g}"])
+            continue
+        rate, most, unit = row["tflops"], roof.matmul_tflops, "TFLOP/s"
+        if phase == "decode":
+            rate, most, unit = row["gbps"], roof.read_gbps, "GB/s"
+        spread = f"{row['ms_min']:.4g} to {row['ms_max']:.4g}"
+        table.append(
+            [name, row["provider"], f"{row['ms']:.4g}", f"{rate:.4g} {unit}", f"{rate / most:.1%}", spread]
+        )
+    console.write_table(["shape", "provider", "ms", "rate", "% of ceiling", "range, ms"], table)
