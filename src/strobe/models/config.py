@@ -124,9 +124,10 @@ class ModelConfig:
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise CheckpointError(f"sliding_window is {window!r}; supported: None or an integer from 1")
-        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise CheckpointError(f"token id {token!r}; supported: an integer from 0")
+        if self.bos_token_id is not None:
+            _check_token("bos_token_id", self.bos_token_id)
+        for token in self.eos_token_ids:
+            _check_token("eos_token_ids", token)
 
     @property
     def q_size(self) -> int:
@@ -147,6 +148,11 @@ class ModelConfig:
         """A layer's attention window as `strobe.attention` takes it: (left, right), -1 for no limit."""
         bound = self.sliding_layers is None or layer in self.sliding_layers
         return (self.sliding_window - 1, -1) if self.sliding_window is not None and bound else (-1, -1)
+
+
+def _check_token(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{name} holds {value!r}; supported: integers from 0")
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,100 @@
+"""Every family against transformers: equal logits however a text is cut, equal greedy tokens."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+import transformers
+
+from strobe.models.network import tensors
+
+TOLERANCE = 1e-4
+LENGTH = 43
+
+
+def logits(network: transformers.PreTrainedModel, text: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return network(text[None]).logits[0]
+
+
+def assert_close(given: torch.Tensor, expected: torch.Tensor) -> None:
+    assert given.dtype == torch.float32
+    assert given.shape == expected.shape
+    assert (given - expected).abs().max() < TOLERANCE
+    assert expected.std() > 0.1, "the test network is degenerate"
+
+
+def test_prefill(pair, rows):
+    text = pair.text(LENGTH)
+    (given,) = rows(pair.ours, 1, LENGTH).step([text])
+    assert_close(given, logits(pair.theirs, text))
+
+
+def test_decode_token_by_token(pair, rows):
+    text = pair.text(LENGTH)
+    row = rows(pair.ours, 1, LENGTH)
+    given = torch.cat([row.step([token])[0] for token in text.split(1)])
+    assert_close(given, logits(pair.theirs, text))
+
+
+def test_prompt_in_chunks(pair, rows):
+    text = pair.text(LENGTH)
+    cuts = sorted(random.sample(range(1, LENGTH), 4))
+    chunks = text.tensor_split(cuts)
+    row = rows(pair.ours, 1, LENGTH)
+    given = torch.cat([row.step([chunk], packed=bool(i % 2))[0] for i, chunk in enumerate(chunks)])
+    assert_close(given, logits(pair.theirs, text))
+
+
+def test_rows_of_a_batch_do_not_see_each_other(pair, rows):
+    texts = [pair.text(length) for length in (17, 1, 30, 9)]
+    batch = rows(pair.ours, len(texts), LENGTH)
+    first = batch.step(texts)
+    more = [pair.text(length) for length in (1, 12, 3, 1)]  # decode rows beside prefill rows
+    second = batch.step(more)
+    last = [pair.text(1) for _ in texts]
+    third = batch.step(last, packed=False)
+    for row, parts in enumerate(zip(texts, more, last, strict=True)):
+        given = torch.cat((first[row], second[row], third[row]))
+        assert_close(given, logits(pair.theirs, torch.cat(parts)))
+
+
+def test_greedy_tokens(pair, rows):
+    prompt = pair.text(11)
+    row = rows(pair.ours, 1, 11 + 64)
+    new = prompt
+    tokens: list[int] = []
+    for _ in range(64):
+        token = row.step([new])[0][-1].argmax()
+        tokens.append(int(token))
+        new = token[None]
+    expected = pair.theirs.generate(
+        prompt[None],
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert tokens == expected[0, 11:].tolist()
+
+
+def test_only_the_asked_logits(pair, rows):
+    text = pair.text(LENGTH)
+    seen = []
+
+    def pick(batch):
+        seen.append(pair.ours(replace(batch, logits_at=torch.tensor([LENGTH - 1, 3]))))
+        return pair.ours(batch)
+
+    row = rows(pair.ours, 1, LENGTH)
+    row.model = pick
+    row.step([text])
+    assert_close(seen[0], logits(pair.theirs, text)[[LENGTH - 1, 3]])
+
+
+def test_every_weight_counts_once(pair):
+    ours = sum(tensor.numel() for tensor in tensors(pair.ours.weights))
+    assert ours == sum(parameter.numel() for parameter in pair.theirs.parameters())
