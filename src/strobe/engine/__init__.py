@@ -9,14 +9,24 @@ if TYPE_CHECKING:
     from strobe.engine.config import EngineConfig
     from strobe.engine.engine import Engine
     from strobe.engine.llm import LLM
-    from strobe.engine.request import Request, RequestOutput, SamplingParams, StreamChunk
+    from strobe.engine.request import Metrics, Request, RequestOutput, SamplingParams, StreamChunk
 
-__all__ = ["LLM", "Engine", "EngineConfig", "Request", "RequestOutput", "SamplingParams", "StreamChunk"]
+__all__ = [
+    "LLM",
+    "Engine",
+    "EngineConfig",
+    "Metrics",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamChunk",
+]
 
 _HOMES = {
     "LLM": "llm",
     "Engine": "engine",
     "EngineConfig": "config",
+    "Metrics": "request",
     "Request": "request",
     "RequestOutput": "request",
     "SamplingParams": "request",

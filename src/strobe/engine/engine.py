@@ -8,6 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from strobe.attention import ladder
 from strobe.engine.config import EngineConfig
 from strobe.engine.detokenizer import Decoder, Detokenizer
 from strobe.engine.kv_cache import KvCache
@@ -16,7 +17,8 @@ from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
 from strobe.engine.sampler import Sampled, Sampler
 from strobe.engine.scheduler import Schedule, Scheduler
-from strobe.errors import OutOfPagesError, RequestError
+from strobe.errors import OutOfPagesError, RequestError, UnknownNameError
+from strobe.linear import ladder as linear_ladder
 from strobe.models.network import Model
 
 _SEED_MASK = (1 << 64) - 1
@@ -44,9 +46,16 @@ class Engine:
 
     Raises:
         SettingsError: the KV cache asked for does not fit, or does not hold `max_model_len` tokens.
+        UnknownNameError: `attention_kernel` or `linear_kernel` does not exist.
     """
 
     def __init__(self, model: Model, tokenizer: Decoder | None, config: EngineConfig) -> None:
+        if config.attention_kernel != "auto":
+            ladder.find(config.attention_kernel, "decode")
+        if config.linear_kernel not in ("auto", *linear_ladder.RUNGS):
+            raise UnknownNameError.among(
+                "linear kernel", config.linear_kernel, ["auto", *linear_ladder.RUNGS]
+            )
         plan = plan_pages(model, config)
         self.model = model
         self.tokenizer = tokenizer
@@ -76,12 +85,37 @@ class Engine:
                 or an id that is in use.
             OutOfPagesError: it would never fit the KV cache.
         """
-        self._check(request)
+        self.check(request)
         with self._live_lock:
             if request.request_id in self._live:
                 raise RequestError(f"request id {request.request_id!r} is in use")
             self._live[request.request_id] = request
         self._arrived.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raise what `add` would."""
+        prompt, params = request.prompt_token_ids, request.params
+        vocab, context = self.model.config.vocab_size, self.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty", hint="a prompt needs one token at least")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise RequestError(f"the prompt holds a token outside 0 to {vocab - 1}")
+        if len(prompt) >= context:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; this model's context is {context}, output included"
+            )
+        if params.max_tokens is not None and params.max_tokens > context:
+            raise RequestError(f"max_tokens is {params.max_tokens}; this model's context is {context}")
+        if params.n > self.config.max_num_seqs:
+            raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
+        request.max_output = min(params.max_tokens or context, context - len(prompt))
+        cache = self.scheduler.cache
+        needed = cache.pages_for(len(prompt) + request.max_output - 1)
+        if needed > cache.num_pages:
+            raise OutOfPagesError(
+                f"the request may need {needed} KV-cache pages; there are {cache.num_pages}",
+                hint="lower max_tokens or give the cache more memory",
+            )
 
     def abort(self, request_id: str) -> None:
         """Drop a request in the next step, which frees its pages; unknown ids are ignored."""
@@ -111,30 +145,6 @@ class Engine:
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
         )
-
-    def _check(self, request: Request) -> None:
-        prompt, params = request.prompt_token_ids, request.params
-        vocab, context = self.model.config.vocab_size, self.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty", hint="a prompt needs one token at least")
-        if min(prompt) < 0 or max(prompt) >= vocab:
-            raise RequestError(f"the prompt holds a token outside 0 to {vocab - 1}")
-        if len(prompt) >= context:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; this model's context is {context}, output included"
-            )
-        if params.max_tokens is not None and params.max_tokens > context:
-            raise RequestError(f"max_tokens is {params.max_tokens}; this model's context is {context}")
-        if params.n > self.config.max_num_seqs:
-            raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
-        request.max_output = min(params.max_tokens or context, context - len(prompt))
-        cache = self.scheduler.cache
-        needed = cache.pages_for(len(prompt) + request.max_output - 1)
-        if needed > cache.num_pages:
-            raise OutOfPagesError(
-                f"the request may need {needed} KV-cache pages; there are {cache.num_pages}",
-                hint="lower max_tokens or give the cache more memory",
-            )
 
     def _take_messages(self) -> list[StreamChunk]:
         while self._arrived:

@@ -228,10 +228,11 @@ class Request:
     started: float | None = None
     first_token: float | None = None
     sequences: list[Sequence] = field(default_factory=list, repr=False)
+    """None before its first step."""
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return bool(self.sequences) and all(s.finish_reason is not None for s in self.sequences)
 
     def metrics(self, now: float) -> Metrics:
         """What the request used until `now` (time.monotonic)."""

@@ -1,0 +1,163 @@
+"""`LLM`, the way a user calls it."""
+
+from __future__ import annotations
+
+import pytest
+
+from strobe.engine import LLM, EngineConfig, SamplingParams
+from strobe.errors import CheckpointError, RequestError, StrobeError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(folder, device="cpu", config=EngineConfig(kv_cache_pages=200)) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(llm):
+    yield
+    assert not llm.engine.has_work
+    assert llm.engine.scheduler.cache.used == 0
+    llm.engine.scheduler.check()
+
+
+def test_one_prompt_many_prompts_and_token_ids(llm):
+    (one,) = llm.generate("hello", GREEDY)
+    two = llm.generate(["hello", "other"], [GREEDY, GREEDY])
+    (three,) = llm.generate([llm.tokenizer.encode("hello")], GREEDY)
+    assert one.token_ids == two[0].token_ids == three.token_ids
+    assert one.text == llm.tokenizer.decode(one.token_ids)
+    assert one.metrics.output_tokens == 20
+    assert 0 < one.metrics.ttft_s <= one.metrics.e2e_s
+    assert llm.generate([]) == []
+
+
+def test_stream_is_generate_in_pieces(llm):
+    params = SamplingParams(seed=5, max_tokens=40, ignore_eos=True, logprobs=1)
+    (whole,) = llm.generate("hello", params)
+    chunks = list(llm.stream("hello", params))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == whole.token_ids
+    assert len([entry for chunk in chunks for entry in chunk.logprobs]) == 40
+    assert all(len(chunk.token_ids) == 1 for chunk in chunks)
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * 39
+    assert chunks[-1].finish_reason == "length"
+    assert chunks[-1].metrics.output_tokens == 40
+    assert [chunk.metrics for chunk in chunks[:-1]] == [None] * 39
+
+
+def test_streams_interleave(llm):
+    wanted = [llm.generate(prompt, GREEDY)[0].text for prompt in ("a", "b")]
+    streams = [llm.stream(prompt, GREEDY) for prompt in ("a", "b")]
+    texts = ["", ""]
+    for pair in zip(*streams, strict=True):
+        for index, chunk in enumerate(pair):
+            texts[index] += chunk.text
+    assert texts == wanted
+
+
+def test_generate_inside_a_stream(llm):
+    wanted = llm.generate("a", GREEDY)[0].text
+    text = ""
+    for position, chunk in enumerate(llm.stream("a", GREEDY)):
+        text += chunk.text
+        if position == 3:
+            assert llm.generate("b", GREEDY)[0].metrics.output_tokens == 20
+    assert text == wanted
+
+
+def test_a_closed_stream_frees_its_pages(llm):
+    stream = llm.stream("hello", GREEDY)
+    next(stream)
+    assert llm.engine.scheduler.cache.used > 0
+    stream.close()
+    assert llm.engine.scheduler.cache.used == 0
+    llm.stream("never begun", GREEDY)
+
+
+def test_n_outputs(llm):
+    params = SamplingParams(n=3, seed=1, max_tokens=15, ignore_eos=True)
+    (whole,) = llm.generate("hello", params)
+    texts = ["", "", ""]
+    last = None
+    for chunk in llm.stream("hello", params):
+        texts[chunk.index] += chunk.text
+        last = chunk
+    assert texts == [output.text for output in whole.outputs]
+    assert len(set(texts)) == 3
+    assert last.metrics.output_tokens == 45
+
+
+def test_stop_strings(llm):
+    (plain,) = llm.generate("hello", GREEDY)
+    stop = plain.text[3:6]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=stop)
+    (stopped,) = llm.generate("hello", params)
+    assert stopped.text == plain.text[: plain.text.index(stop)]
+    assert (stopped.finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
+    assert "".join(chunk.text for chunk in llm.stream("hello", params)) == stopped.text
+
+
+def test_chat_goes_through_the_template(llm):
+    messages = [{"role": "user", "content": "hi"}]
+    text = "<user>hi<assistant>"
+    answer = llm.chat(messages, GREEDY)
+    assert answer.prompt_token_ids == tuple(llm.tokenizer.encode(text, add_special=False))
+    assert "".join(chunk.text for chunk in llm.stream_chat(messages, GREEDY)) == answer.text
+
+
+def test_on_finish_is_told_in_the_order_of_finishing(llm):
+    lengths = [12, 3, 7]
+    seen = []
+    llm.generate(
+        ["a", "b", "c"],
+        [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths],
+        on_finish=lambda output: seen.append(len(output.token_ids)),
+    )
+    assert seen == sorted(lengths)
+
+
+def test_an_interrupt_leaves_nothing_running(llm):
+    def interrupt(output):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(
+            ["a", "b"],
+            [GREEDY, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)],
+            on_finish=interrupt,
+        )
+
+
+def test_one_bad_prompt_runs_none(llm):
+    steps = llm.engine.stats().steps
+    with pytest.raises(RequestError, match="context is 160"):
+        llm.generate(["fine", "x" * 400], GREEDY)
+    with pytest.raises(RequestError, match="context is 160"):
+        llm.stream("x" * 400, GREEDY)
+    assert llm.engine.stats().steps == steps
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [([1, 2, 3], GREEDY, "list of numbers"), (["a", "b"], [GREEDY], "2 prompts and 1 sampling params")],
+)
+def test_wrong_calls(llm, prompts, params, message):
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts, params)
+
+
+def test_closed(folder):
+    llm = LLM(folder, device="cpu", config=EngineConfig(kv_cache_pages=8))
+    llm.close()
+    llm.close()
+    with pytest.raises(StrobeError, match="closed"):
+        llm.generate("a")
+
+
+def test_missing_model():
+    with pytest.raises(CheckpointError, match="no/such/folder"):
+        LLM("no/such/folder")
