@@ -1,13 +1,10 @@
 // Copies from global to shared memory that run beside the arithmetic (cp.async, sm_80 and up).
 #pragma once
 
-// A generic pointer into shared memory as the 32-bit address that PTX's shared instructions take.
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
+#include "types.cuh"
 
 // Start copying 16 bytes. Where `valid` is false the source is not read and zeros are written.
-__device__ __forceinline__ void copy_async_16(unsigned shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_async_16(u32 shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
