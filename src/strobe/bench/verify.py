@@ -52,13 +52,14 @@ def verify(llm: LLM, max_tokens: int = 64) -> Verification:
         CheckpointError: transformers cannot read the checkpoint, which is of another format.
         MissingExtraError: transformers is not installed.
     """
-    peer = _Peer(llm.checkpoint.path, llm.model)
+    model = llm.engine.model
+    peer = _Peer(llm.path, model)
     prompts = _prompts(llm, max_tokens)
     difference = largest = 0.0
     positions = same = equal = 0
     strobe_s = peer_s = 0.0
     for prompt in prompts:
-        ours, theirs = logits(llm.model, prompt), peer.logits(prompt)
+        ours, theirs = logits(model, prompt), peer.logits(prompt)
         difference = max(difference, float((ours - theirs).abs().max()))
         largest = max(largest, float(theirs.abs().max()))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
@@ -70,9 +71,9 @@ def verify(llm: LLM, max_tokens: int = 64) -> Verification:
         equal += _agreement(our_tokens, their_tokens)
     total = max_tokens * len(prompts)
     return Verification(
-        model=llm.checkpoint.name,
-        dtype=str(llm.model.dtype).removeprefix("torch."),
-        device=str(llm.model.device),
+        model=llm.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
         positions=positions,
         logit_difference=difference,
         largest_logit=largest,
@@ -117,7 +118,8 @@ class _Peer:
         except ImportError:
             raise MissingExtraError.of("transformers", "integrations") from None
         self.device = model.device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        self.model = loader.from_pretrained(
             path, dtype=model.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         ).to(model.device)
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
@@ -146,12 +148,13 @@ def _strobe_greedy(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[i
 
 def _prompts(llm: LLM, max_tokens: int) -> list[list[int]]:
     """The texts in the model's tokens, cut to leave room for the answer; without a tokenizer, random ids."""
-    config = llm.model.config
-    room = max(1, config.max_position - max_tokens)
-    if llm.tokenizer is not None:
+    engine = llm.engine
+    room = max(1, engine.max_model_len - max_tokens)
+    if engine.tokenizer is not None:
         return [llm.tokenizer.encode(text)[:room] for text in TEXTS]
     rng = torch.Generator().manual_seed(0)
-    return [torch.randint(config.vocab_size, (min(16, room),), generator=rng).tolist() for _ in TEXTS]
+    vocab_size = engine.model.config.vocab_size
+    return [torch.randint(vocab_size, (min(16, room),), generator=rng).tolist() for _ in TEXTS]
 
 
 def _agreement(ours: list[int], theirs: list[int]) -> int:

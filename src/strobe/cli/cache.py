@@ -45,7 +45,7 @@ def list_(json: Json = False) -> None:
 @app.command()
 def warm(
     arch: Annotated[
-        str | None, typer.Option(help="As sm_90a; needs no GPU. [default: this machine's GPU]")
+        str | None, typer.Option(help="As sm_90a; needs no GPU.", show_default="this machine's GPU")
     ] = None,
 ) -> None:
     """Compile every kernel now, so that no first call waits."""

@@ -12,11 +12,12 @@ import typer
 
 from strobe.cli import console, options
 from strobe.cli.generate import timings
-from strobe.cli.load import load
-from strobe.errors import StrobeError, did_you_mean
+from strobe.cli.load import fit, load, sampling
+from strobe.errors import RequestError, StrobeError, did_you_mean
 
 if TYPE_CHECKING:
-    from strobe.engine import LLM, Metrics, SamplingParams
+    from strobe.engine import LLM, SamplingParams
+    from strobe.engine.request import Metrics
 
 HELP = """/reset         forget what was said
 /save FILE     write the conversation as JSON
@@ -30,9 +31,9 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="What the model is told before all else.", show_default=False)
     ] = None,
-    max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.8,
-    top_p: options.TopP = 1.0,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
@@ -41,13 +42,15 @@ def chat(
     kv_cache_gib: options.KvCacheGib = None,
 ) -> None:
     """Talk with a model. /reset, /save FILE, /help and /exit are commands; Ctrl-C stops an answer."""
-    from strobe.engine import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    wanted = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with load(
         model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
     ) as llm:
-        Chat(llm, params, system).loop()
+        if llm.tokenizer.chat_template is None:
+            raise RequestError(
+                f"{llm.name} brings no chat template", hint="`strobe generate` takes plain prompts"
+            )
+        Chat(llm, fit(llm, wanted, max_tokens=512), system).loop()
 
 
 class Chat:
@@ -101,14 +104,14 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         said: list[str] = []
         metrics: Metrics | None = None
-        stream = self.llm.stream_chat(messages, self.params)
         try:
-            for chunk in stream:
-                said.append(chunk.text)
-                console.write(chunk.text)
-                metrics = chunk.metrics or metrics
+            with contextlib.closing(self.llm.stream_chat(messages, self.params)) as chunks:
+                for chunk in chunks:
+                    said.append(chunk.text)
+                    console.write(chunk.text)
+                    metrics = chunk.metrics or metrics
         except KeyboardInterrupt:
-            stream.close()
+            pass
         except StrobeError as error:
             console.error(str(error))
             return

@@ -18,12 +18,14 @@ from strobe.errors import KernelRefusedError, ProblemError
 def explain(
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     q_len: Annotated[int, typer.Option(help="Queries of each row.")] = 1024,
-    kv_len: Annotated[int | None, typer.Option(help="Keys of each row. [default: --q-len]")] = None,
+    kv_len: Annotated[int | None, typer.Option(help="Keys of each row.", show_default="--q-len")] = None,
     q_heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads. [default: --q-heads]")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key and value heads.", show_default="--q-heads")
+    ] = None,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",
-    kv_dtype: Annotated[str | None, typer.Option(help="The cache's dtype. [default: --dtype]")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="The cache's dtype.", show_default="--dtype")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")] = False,
     window: Annotated[tuple[int, int], typer.Option(help="Keys seen to the left and right; -1 for all.")] = (
         -1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,25 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from strobe.cli import console, options
-from strobe.cli.load import load
+from strobe.cli.load import fit, load, sampling
 from strobe.errors import RequestError
 
 if TYPE_CHECKING:
-    from strobe.engine import LLM, Metrics, RequestOutput, SamplingParams
+    from strobe.engine import LLM, RequestOutput, SamplingParams
+    from strobe.engine.request import Metrics
 
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to go on from. [default: stdin]", show_default=False)
+        str | None, typer.Argument(help="The text to go on from.", show_default="stdin")
     ] = None,
     prompts: options.PromptFile = None,
     model: options.Model = None,
-    max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = 0.8,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     device: options.Device = None,
@@ -43,9 +43,7 @@ def generate(
 
     The text goes to stdout as it is written; a line of timings goes to stderr.
     """
-    from strobe.engine import SamplingParams
-
-    params = SamplingParams(
+    wanted = sampling(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -53,7 +51,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=stop or (),
+        stop=stop,
     )
     if prompt is not None and prompts is not None:
         raise RequestError("a prompt and --prompts are both given", hint="give one of them")
@@ -61,6 +59,7 @@ def generate(
     with load(
         model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
     ) as llm:
+        params = fit(llm, wanted, max_tokens=256)
         if prompts:
             _write_many(llm, texts, params, json)
         elif json:
@@ -104,8 +103,9 @@ def _read_text(path: Path) -> str:
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
     metrics = None
+    chunks = llm.stream(prompt, params)
     try:
-        for chunk in llm.stream(prompt, params):
+        for chunk in chunks:
             console.write(chunk.text)
             metrics = chunk.metrics or metrics
     finally:
@@ -116,17 +116,14 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
 
 def _write_many(llm: LLM, prompts: list[str], params: SamplingParams, json: bool) -> None:
     """Each prompt's output in the prompts' order: a JSON object a line, or the prompt and its text."""
-    for prompt, output in zip(prompts, _run_many(llm, prompts, params), strict=True):
+    bar, task = console.progress(len(prompts), "prompts")
+    with bar:
+        outputs = llm.generate(prompts, params, on_finish=lambda _: bar.advance(task))
+    for prompt, output in zip(prompts, outputs, strict=True):
         if json:
             console.write_json(_record(prompt, output), indent=None)
         else:
             console.write(f"{prompt}{output.text}\n\n")
-
-
-def _run_many(llm: LLM, prompts: list[str], params: SamplingParams) -> Iterator[RequestOutput]:
-    bar, task = console.progress(len(prompts), "prompts")
-    with bar:
-        yield from llm.generate(prompts, params, on_finish=lambda _: bar.advance(task))
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, Any]:

@@ -17,12 +17,17 @@ def ladder(
     seq: Annotated[int, typer.Option(help="Queries and keys of each row; keys where it decodes.")] = 1024,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads. [default: --heads]")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads.", show_default="--heads")] = None,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
     causal: Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="One query a row against a paged cache.")] = False,
     page_size: Annotated[int, typer.Option(help="Tokens of a page, with --decode.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"
+        ),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:

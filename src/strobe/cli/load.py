@@ -1,13 +1,14 @@
-"""The model that a verb's flags name."""
+"""The model and the sampling that a verb's flags ask for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from strobe import settings
 
 if TYPE_CHECKING:
-    from strobe.engine import LLM
+    from strobe.engine import LLM, SamplingParams
 
 
 def load(
@@ -27,3 +28,21 @@ def load(
         attention_kernel=chosen.kernel, linear_kernel=chosen.linear, kv_cache_gib=kv_cache_gib
     )
     return LLM(model, device=chosen.device, dtype=dtype, config=config)
+
+
+def sampling(**flags: Any) -> dict[str, Any]:
+    """The flags that were given, checked before a model is loaded; the others are the model's to say.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    from strobe.engine import SamplingParams
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    SamplingParams(**given)
+    return given
+
+
+def fit(llm: LLM, wanted: dict[str, Any], *, max_tokens: int) -> SamplingParams:
+    """What `sampling` gave over the model's own defaults; `max_tokens`, or the context, where not given."""
+    return replace(llm.default_params, **{"max_tokens": min(max_tokens, llm.engine.max_model_len), **wanted})

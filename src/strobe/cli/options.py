@@ -12,38 +12,58 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A folder, a llama2.c file or a hub name. [default: the bundled model]"
+        "--model", "-m", help="A folder, a llama2.c file or a hub name.", show_default="the bundled model"
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="auto, cpu, cuda or cuda:N. [default: STROBE_DEVICE, else auto]"),
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="STROBE_DEVICE, else auto"),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Kernel = Annotated[
-    str | None, typer.Option("--kernel", help="Attention kernel. [default: STROBE_KERNEL, else auto]")
+    str | None, typer.Option("--kernel", help="Attention kernel.", show_default="STROBE_KERNEL, else auto")
 ]
 Linear = Annotated[
-    str | None, typer.Option("--linear", help="Matmul kernel. [default: STROBE_LINEAR, else auto]")
+    str | None, typer.Option("--linear", help="Matmul kernel.", show_default="STROBE_LINEAR, else auto")
 ]
 KvCacheGib = Annotated[
     float | None, typer.Option("--kv-cache-gib", help="Memory of the KV cache in GiB.", show_default=False)
 ]
 
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to write.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", help="Most tokens to write.", show_default="256; chat 512")
 ]
-TopK = Annotated[int, typer.Option("--top-k", help="Draw among the K likeliest tokens; 0 for all.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", "-t", help="0 takes the likeliest token each time.", show_default="the model's"
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help="Draw among the K likeliest tokens; 0 for all.", show_default="the model's"),
+]
 TopP = Annotated[
-    float, typer.Option("--top-p", help="Draw among the fewest tokens whose probabilities sum to P.")
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Draw among the fewest tokens whose probabilities sum to P.",
+        show_default="the model's",
+    ),
 ]
 MinP = Annotated[
-    float,
-    typer.Option("--min-p", help="Leave out tokens below this share of the likeliest one's probability."),
+    float | None,
+    typer.Option(
+        "--min-p",
+        help="Leave out tokens below this share of the likeliest one's probability.",
+        show_default="the model's",
+    ),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Over 1 makes tokens that were used less likely.")
+    float | None,
+    typer.Option(
+        "--repetition-penalty", help="Over 1 makes used tokens less likely.", show_default="the model's"
+    ),
 ]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="The same seed draws the same tokens.", show_default=False)

@@ -16,9 +16,7 @@ FLOAT32_TOLERANCE = 1e-3
 def verify(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="A Hugging Face folder or hub name. [default: the bundled model]", show_default=False
-        ),
+        typer.Argument(help="A Hugging Face folder or hub name.", show_default="the bundled model"),
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Greedy tokens of each prompt.")] = 64,
     device: options.Device = None,
