@@ -50,7 +50,6 @@ class LLM:
         checkpoint = load(model, device=device, dtype=dtype)
         self.name = checkpoint.name
         self.path = checkpoint.path
-        self.path = checkpoint.path
         self.config = config or EngineConfig()
         self._tokenizer = checkpoint.tokenizer
         self._engine: Engine | None = Engine(checkpoint.model, checkpoint.tokenizer, self.config)
