@@ -45,7 +45,20 @@ class Rung:
 
 
 PREFILL = tuple(
-    Rung("prefill", name) for name in ("textbook", "numpy_tiled", "torch_naive", "torch_online", "torch_sdpa")
+    Rung("prefill", name)
+    for name in (
+        "textbook",
+        "numpy_tiled",
+        "torch_naive",
+        "torch_online",
+        "torch_sdpa",
+        "cuda_split",
+        "cuda_fused_scalar",
+        "cuda_fused_warp",
+        "cuda_tensor_core",
+        "cuda_dim_tiled",
+        "cuda_split_kv",
+    )
 )
 DECODE: tuple[Rung, ...] = ()
 

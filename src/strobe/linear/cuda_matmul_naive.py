@@ -1,0 +1,46 @@
+"""A matrix product as one would first write it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from strobe.cuda import jit
+from strobe.linear import cuda_call
+from strobe.linear.problem import LinearProblem
+
+IDEA = "a thread an output, operands straight from memory"
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_BLOCK = (32, 8)
+_TOKENS_MAX = 65535 * 8  # the grid's second dimension
+
+
+def refusals(problem: LinearProblem) -> list[str]:
+    reasons = cuda_call.refusals(problem)
+    if problem.tokens > _TOKENS_MAX:
+        reasons.append(f"{problem.tokens} tokens; supported: up to {_TOKENS_MAX}")
+    return reasons
+
+
+def run(
+    problem: LinearProblem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    multiply = jit.kernel(_SOURCE, "multiply", _defines(problem.dtype), x.get_device())
+    sizes = (ctypes.c_int(n) for n in (problem.tokens, problem.inputs, problem.outputs))
+    grid = (-(-problem.outputs // _BLOCK[0]), -(-problem.tokens // _BLOCK[1]))
+    multiply(grid, _BLOCK, [x, weight, bias, out, *sizes])
+
+
+def sources(arch: str) -> list[jit.Source]:
+    return [jit.Source(_SOURCE, _defines(dtype)) for dtype in cuda_call.SCALAR]
+
+
+def _defines(dtype: str) -> dict[str, jit.Define]:
+    return {"scalar_t": cuda_call.SCALAR[dtype]}
