@@ -78,7 +78,11 @@ def test_greedy_tokens(pair, rows):
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert tokens == expected[0, 11:].tolist()
+    if tokens != (wanted := expected[0, 11:].tolist()):
+        # equal logits within rounding may still differ in their order: only such a tie may part the two
+        first = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=True)) if a != b)
+        at = logits(pair.theirs, expected[0, : 11 + first])[-1]
+        assert (at[wanted[first]] - at[tokens[first]]).abs() < TOLERANCE, (first, tokens, wanted)
 
 
 def test_only_the_asked_logits(pair, rows):

@@ -136,8 +136,11 @@ def _architecture(path: Path, values: Mapping[str, Any]) -> str:
 def _llama(keys: _Keys, family: _Family, tokens: Mapping[str, Any]) -> ModelConfig:
     layers, hidden = keys.integer("num_hidden_layers"), keys.integer("hidden_size")
     q_heads = keys.integer("num_attention_heads")
-    if not keys.has("head_dim") and family.head_dim is None and (q_heads < 1 or hidden % q_heads):
-        raise CheckpointError(f"hidden_size {hidden} is not a multiple of num_attention_heads {q_heads}")
+    head_dim = family.head_dim
+    if not keys.has("head_dim") and head_dim is None:
+        if q_heads < 1 or hidden % q_heads:
+            raise CheckpointError(f"hidden_size {hidden} is not a multiple of num_attention_heads {q_heads}")
+        head_dim = hidden // q_heads
     window, sliding_layers = _window(keys, family, layers)
     attention_bias = family.attention_bias and keys.flag("attention_bias", False)
     return ModelConfig(
@@ -147,7 +150,7 @@ def _llama(keys: _Keys, family: _Family, tokens: Mapping[str, Any]) -> ModelConf
         intermediate=keys.integer("intermediate_size"),
         q_heads=q_heads,
         kv_heads=keys.integer("num_key_value_heads", q_heads),
-        head_dim=keys.integer("head_dim", family.head_dim or hidden // q_heads),
+        head_dim=keys.integer("head_dim", head_dim),
         vocab_size=keys.integer("vocab_size"),
         max_position=keys.integer("max_position_embeddings", family.max_position),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
@@ -213,7 +216,7 @@ def _rope(keys: _Keys) -> Rope:
             raise CheckpointError(f"{keys.path}: {name} is {part!r}; supported: an object")
         values |= part or {}
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in _ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in _ROPE_SCALINGS:
         raise CheckpointError(
             f"{keys.path}: rope scaling {kind!r}; supported: {', '.join(_ROPE_SCALINGS)}",
         )

@@ -231,9 +231,10 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
             raise TokenizerError(f"{path}: token {token} of {length} bytes runs past the end")
         at += 8 + length
         pieces.append((_piece(text, token, path), score, _kind(token)))
-    vocabulary = sentencepiece.Vocabulary(pieces, model_kind=2, remove_extra_whitespaces=False)
+    vocabulary = sentencepiece.Vocabulary(pieces)
     backend = sentencepiece.build(vocabulary, path, add_bos=True)
-    return Tokenizer(backend, special={"bos_token": "<s>", "eos_token": "</s>"}, path=path)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    return Tokenizer(backend, special=special, path=path, prefix_space=True)
 
 
 def _kind(token: int) -> int:

@@ -34,9 +34,10 @@ class Vocabulary:
 
     pieces: list[tuple[str, float, int]] = field(default_factory=list)
     model_kind: int = 1
-    charsmap: bytes = b""
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
+    prefix_space: bool = True
+    """Whether a space is put before a text ("add_dummy_prefix")."""
+    normalizes: bool = False
+    """Whether characters are mapped or white space is removed."""
     bos_id: int = 1
     eos_id: int = 2
 
@@ -55,17 +56,21 @@ def read(path: Path, settings: Mapping[str, Any], template_path: Path | None = N
     if vocabulary.model_kind != _BPE:
         kind = _KINDS.get(vocabulary.model_kind, str(vocabulary.model_kind))
         raise TokenizerError(f"{path} is a sentencepiece {kind} model; supported: bpe")
+    if vocabulary.normalizes:
+        raise TokenizerError(f"{path} normalises text; supported: models trained to keep text as it is")
     backend = build(vocabulary, path, add_bos=bool(settings.get("add_bos_token", True)))
     named = {
         role: vocabulary.pieces[token][0]
         for role, token in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id))
         if 0 <= token < len(vocabulary.pieces)
     }
-    return Tokenizer.with_settings(backend, path, {**named, **settings}, template_path)
+    return Tokenizer.with_settings(
+        backend, path, {**named, **settings}, template_path, prefix_space=vocabulary.prefix_space
+    )
 
 
 def build(vocabulary: Vocabulary, path: Path, *, add_bos: bool) -> tokenizers.Tokenizer:
-    """The `tokenizers` object that encodes as sentencepiece does."""
+    """The `tokenizers` object that encodes as sentencepiece does, but for the space before a text."""
     ids: dict[str, int] = {}
     for token, (text, _, _) in enumerate(vocabulary.pieces):
         if ids.setdefault(text, token) != token:
@@ -84,14 +89,9 @@ def build(vocabulary: Vocabulary, path: Path, *, add_bos: bool) -> tokenizers.To
             byte_fallback=any(kind == _BYTE for _, _, kind in vocabulary.pieces),
         )
     )
-    backend.normalizer = normalizers.Sequence(list(_normalizers(vocabulary)))
+    backend.normalizer = normalizers.Replace(" ", SPACE)
     backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            *([decoders.Strip(" ", 1, 0)] if vocabulary.add_dummy_prefix else []),
-        ]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     backend.add_special_tokens(
         [
@@ -111,17 +111,6 @@ def build(vocabulary: Vocabulary, path: Path, *, add_bos: bool) -> tokenizers.To
     return backend
 
 
-def _normalizers(vocabulary: Vocabulary) -> Iterator[Any]:
-    if vocabulary.charsmap:
-        yield normalizers.Precompiled(vocabulary.charsmap)
-    if vocabulary.remove_extra_whitespaces:
-        yield normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
-        yield normalizers.Replace(tokenizers.Regex("^ | $"), "")
-    if vocabulary.add_dummy_prefix:
-        yield normalizers.Prepend(SPACE)
-    yield normalizers.Replace(" ", SPACE)
-
-
 def _parse(data: bytes) -> Vocabulary:
     """ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec (sentencepiece_model.proto)."""
     found = Vocabulary()
@@ -139,9 +128,8 @@ def _parse(data: bytes) -> Vocabulary:
             )
         elif number == 3:
             spec = dict(_fields(_message(value)))
-            found.charsmap = _message(spec.get(2, b""))
-            found.add_dummy_prefix = bool(spec.get(3, 1))
-            found.remove_extra_whitespaces = bool(spec.get(4, 1))
+            found.normalizes = bool(spec.get(2)) or bool(spec.get(4, 1))
+            found.prefix_space = bool(spec.get(3, 1))
     if not found.pieces:
         raise ValueError("it has no pieces")
     return found

@@ -38,6 +38,8 @@ class Tokenizer:
     """One checkpoint's tokenizer.
 
     `special` names its special tokens by role ("bos_token", "eos_token", ...), as chat templates do.
+    `prefix_space` puts a space before a text that does not begin with a special token, and takes it
+    off in `decode`; a tokenizer.json says in its own parts whether it does.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Tokenizer:
         special: Mapping[str, str] | None = None,
         chat_template: ChatTemplate | None = None,
         path: Path | None = None,
+        prefix_space: bool = False,
     ) -> None:
         self.special = dict(special or {})
         self.chat_template = chat_template
@@ -62,7 +65,11 @@ class Tokenizer:
                 f"{path or 'tokenizer'} decodes by {', '.join(sorted(kinds)) or 'nothing'}; "
                 "supported: ByteLevel, ByteFallback, Metaspace"
             )
-        self._strips_space = not self._byte_level and "Strip" in kinds | self._metaspace_strip(kinds)
+        self._prefix_space = prefix_space
+        self._strips_space = prefix_space or (
+            not self._byte_level and "Strip" in kinds | self._metaspace_strip(kinds)
+        )
+        self._special_texts = tuple(self._added[token].content for token in self._special_ids)
 
     @classmethod
     def from_json(
@@ -87,6 +94,8 @@ class Tokenizer:
         path: Path,
         settings: Mapping[str, Any],
         template_path: Path | None = None,
+        *,
+        prefix_space: bool = False,
     ) -> Tokenizer:
         """A tokenizer with the special tokens and the chat template that a tokenizer_config.json gives it."""
         special = {}
@@ -99,6 +108,7 @@ class Tokenizer:
             special=special,
             chat_template=ChatTemplate.find(settings, path.parent / "tokenizer_config.json", template_path),
             path=path,
+            prefix_space=prefix_space,
         )
 
     @property
@@ -122,12 +132,16 @@ class Tokenizer:
         """Token ids of a text; `add_special` adds what the checkpoint puts around a text (mostly bos).
 
         Raises:
-            RequestError: the text is no valid Unicode.
+            RequestError: not a text, or one that is no Unicode.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"the text is a {type(text).__name__}; supported: str")
+        if self._prefix_space and text and not text.startswith(self._special_texts):
+            text = " " + text
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(f"the text holds a lone surrogate at {error.start}") from error
+        except TypeError as error:  # a str that has no UTF-8
+            raise RequestError("the text holds half a surrogate pair, which is no character") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids: without special tokens, and with U+FFFD for what is no UTF-8.

@@ -1,0 +1,141 @@
+"""The same network out of every format: equal logits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from strobe.checkpoints import GenerationDefaults, load
+from strobe.models.config import Rope
+
+
+@pytest.mark.parametrize("files", [1, 2, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_huggingface(tmp_path, formats, assert_equal_logits, files, tied):
+    theirs = formats.network(tied=tied)
+    theirs.save_pretrained(tmp_path)
+    if files > 1:
+        formats.split_safetensors(tmp_path, files)
+    found = load(tmp_path, device="cpu")
+    assert_equal_logits(found.model, theirs)
+    assert found.tokenizer is None
+    assert (found.config.tie_embeddings, found.name) == (tied, tmp_path.name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_in_16_bits(tmp_path, formats, assert_equal_logits, dtype):
+    formats.network().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    found = load(tmp_path, device="cpu")
+    assert found.model.dtype == torch.float32, "auto on a CPU"
+    assert_equal_logits(found.model, theirs)
+    assert load(tmp_path, device="cpu", dtype=dtype).model.dtype == getattr(torch, dtype)
+
+
+def test_older_rope_keys(tmp_path, formats):
+    """What transformers wrote before rope_parameters, and what the first Llama 3.1 files hold."""
+    formats.network().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rope_parameters"]
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    path.write_text(json.dumps({**values, "rope_theta": 500000.0, "rope_scaling": scaling}))
+    assert load(tmp_path, device="cpu").config.rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    path.write_text(
+        json.dumps({**values, "rope_theta": 2e4, "rope_scaling": {"type": "linear", "factor": 3}})
+    )
+    assert load(tmp_path, device="cpu").config.rope == Rope(2e4, "linear", 3.0)
+    path.write_text(json.dumps({**values, "rope_theta": 2e4, "rope_scaling": None}))
+    assert load(tmp_path, device="cpu").config.rope == Rope(2e4)
+
+
+@pytest.mark.parametrize(
+    ("generation", "eos", "defaults"),
+    [
+        ({}, (2,), GenerationDefaults()),
+        ({"eos_token_id": [5, 6]}, (5, 6), GenerationDefaults()),
+        ({"do_sample": False, "temperature": 0.6}, (2,), GenerationDefaults(temperature=0.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+            (2,),
+            GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1),
+        ),
+    ],
+)
+def test_generation_config(folder, generation, eos, defaults):
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    found = load(folder, device="cpu")
+    assert (found.config.eos_token_ids, found.defaults) == (eos, defaults)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("embedding_dim", [0, 1])
+def test_meta(tmp_path, formats, assert_equal_logits, shards, embedding_dim):
+    """Llama 2 splits its embedding by columns (1), Llama 3 by rows (0)."""
+    theirs = formats.network()
+    formats.write_meta(tmp_path, formats.meta_state(theirs), shards=shards, embedding_dim=embedding_dim)
+    assert_equal_logits(load(tmp_path, device="cpu").model, theirs)
+
+
+def test_meta_llama3(tmp_path, formats, assert_equal_logits):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theirs = formats.network(rope_parameters=rope)
+    params = {"rope_theta": 500000.0, "use_scaled_rope": True, "rope_scale_factor": 32, "vocab_size": -1}
+    formats.write_meta(tmp_path, formats.meta_state(theirs), shards=2, params=params)
+    found = load(tmp_path, device="cpu")
+    assert_equal_logits(found.model, theirs)
+    assert found.config.max_position == 131072
+
+
+def test_meta_without_a_head_is_tied(tmp_path, formats, assert_equal_logits):
+    theirs = formats.network(tied=True)
+    state = formats.meta_state(theirs)
+    del state["output.weight"]
+    formats.write_meta(tmp_path, state, shards=2, embedding_dim=1)
+    assert_equal_logits(load(tmp_path, device="cpu").model, theirs)
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama2c(tmp_path, formats, assert_equal_logits, version, tied):
+    theirs = formats.network(tied=tied)
+    if version == 2:
+        theirs.load_state_dict(formats.dequantised(theirs.state_dict()))
+    path = formats.write_llama2c(
+        tmp_path / "model.bin", formats.meta_state(theirs), version=version, tied=tied
+    )
+    found = load(path, device="cpu")
+    assert_equal_logits(found.model, theirs)
+    assert (found.name, found.config.tie_embeddings, found.config.max_position) == ("model.bin", tied, 128)
+
+
+def test_hub_name(folder, monkeypatch):
+    """The hub is asked for these files alone; what it gives is read as any folder."""
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    found = load("some-one/tiny-llama", device="cpu")
+    assert (asked["name"], found.name, found.path) == ("some-one/tiny-llama", "some-one/tiny-llama", folder)
+    assert not any(pattern.endswith((".bin", ".py", ".pth", "*")) for pattern in asked["patterns"])
