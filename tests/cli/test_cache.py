@@ -34,3 +34,12 @@ def test_list_then_clear(cli: Cli, source: jit.Source) -> None:
 
 def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
     assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
+
+
+def test_compilation_is_logged_when_asked(source: jit.Source, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "strobe")
+    for _ in range(2):
+        jit.compile(source.path, source.defines, "sm_80")
+    (record,) = caplog.records
+    assert "compiled twice" in record.getMessage()
+    assert "sm_80" in record.getMessage()

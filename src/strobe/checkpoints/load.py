@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +18,8 @@ from strobe.checkpoints.weights import halve_rotation_pairs, load_weights
 from strobe.errors import CheckpointError
 from strobe.models.llama import LlamaWeights
 from strobe.models.network import build
+
+_log = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "strobe-tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +47,9 @@ def load(
     path = _locate(model)
     source = _format(path).read(path)
     chosen = _dtype(dtype, source.dtype if target.type == "cuda" else torch.float32)
+    start = time.perf_counter()
     weights = load_weights(source.config, source.files, device=target, dtype=chosen)
+    _log.info("loaded %s in %s on %s in %.1f s", path, chosen, target, time.perf_counter() - start)
     if source.neighbour_pairs and isinstance(weights, LlamaWeights):
         halve_rotation_pairs(source.config, weights)
     config, tokenizer = source.config, source.tokenizer

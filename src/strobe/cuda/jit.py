@@ -32,7 +32,9 @@ device's own ("sm_90a" on Hopper: `arch_of`).
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -51,6 +53,8 @@ __all__ = [
     "Cubin", "Define", "Dim", "Kernel", "Launch", "Resources", "Source", "TensorMap",
     "arch_of", "compile", "kernel", "supported_archs", "tensor_map", "warm",
 ]  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -76,8 +80,10 @@ def compile(source: Path, defines: Mapping[str, Define], arch: str) -> Cubin:
     key = program.key
     found = _in_memory.get(key) or disk.load(key, program.name, arch)
     if found is None:
+        start = time.perf_counter()
         found = nvrtc.build(program)
         disk.save(key, found)
+        _log.info("compiled %s for %s in %.1f s", program.name, arch, time.perf_counter() - start)
     _in_memory[key] = found
     return found
 
