@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(RUN) -m strobe generate "First Citizen:" --max-tokens 200
+	$(RUN) -m strobe generate "First Citizen:" --echo --max-tokens 200
 
 test: $(READY)
 	$(RUN) -m pytest -n 2 -m "not gpu"

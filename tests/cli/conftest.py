@@ -55,7 +55,7 @@ def process() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def call(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "strobe", *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run(command, **{"capture_output": True, "text": True, "timeout": 120, **options})
 
     return call
 

@@ -29,6 +29,10 @@ def test_text_to_stdout_and_timings_to_stderr(generate: Cli) -> None:
     assert len(outcome.err.splitlines()) == 1
 
 
+def test_echo_writes_the_prompt_first(generate: Cli) -> None:
+    assert generate("hello", "--echo").out == "hello" + generate("hello").out
+
+
 def test_json_holds_the_whole_answer(generate: Cli) -> None:
     outcome = generate("hello", "--json")
     record = json.loads(outcome.out)

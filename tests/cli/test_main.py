@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,7 +131,26 @@ def test_env_as_json_and_as_text(cli: Cli) -> None:
         assert row["variable"] in text
 
 
-def test_output_is_utf8_everywhere(process: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = process("explain", "--json", env={"PATH": "", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_text_that_the_terminal_cannot_show(
+    process: Callable[..., subprocess.CompletedProcess[bytes]], model_folder: Path, encoding: str
+) -> None:
+    flags = ("--model", str(model_folder), "--device", "cpu", "--max-tokens", "40")
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = process("generate", "hello", *flags, env=env, text=False)
     assert done.returncode == 0, done.stderr
-    json.loads(done.stdout)
+    assert done.stdout.decode(encoding)
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_input_that_is_no_text(
+    process: Callable[..., subprocess.CompletedProcess[bytes]], model_folder: Path
+) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for verb in ("generate", "chat"):
+        done = process(
+            verb, "--model", str(model_folder), "--device", "cpu", env=env, text=False, input=b"\xff\xfe"
+        )
+        assert done.stderr.startswith(b"error: ")
+        assert b"is not utf-8 text" in done.stderr
+        assert done.stderr.count(b"\n") == 1

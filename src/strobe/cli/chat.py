@@ -76,6 +76,9 @@ class Chat:
             except KeyboardInterrupt:
                 console.note("\nCtrl-D leaves")
                 continue
+            except UnicodeDecodeError as error:
+                console.error(f"the line is not {error.encoding} text")
+                continue
             if line in ("/exit", "/quit"):
                 return
             if line.startswith("/"):

@@ -37,6 +37,7 @@ def generate(
     kernel: options.Kernel = None,
     linear: options.Linear = None,
     kv_cache_gib: options.KvCacheGib = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before the text.")] = False,
     json: options.Json = False,
 ) -> None:
     """Write text that goes on from a prompt.
@@ -66,7 +67,7 @@ def generate(
             (output,) = llm.generate(texts, params)
             console.write_json(_record(texts[0], output))
         else:
-            _stream(llm, texts[0], params)
+            _stream(llm, texts[0], params, echo)
 
 
 def timings(metrics: Metrics) -> str:
@@ -81,30 +82,39 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError("no prompt", hint='strobe generate "Once upon a time", or pipe one in')
-        prompt = sys.stdin.read().removesuffix("\n")
+        prompt = _read_stdin().removesuffix("\n")
     return prompt
 
 
 def _read_prompts(path: Path) -> list[str]:
     """The file's lines that are not blank."""
-    text = sys.stdin.read() if str(path) == "-" else _read_text(path)
+    text = _read_stdin() if str(path) == "-" else _read_file(path)
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise RequestError(f"{path} holds no prompt", hint="one prompt a line")
     return prompts
 
 
-def _read_text(path: Path) -> str:
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not {error.encoding} text: byte {error.start}") from None
+
+
+def _read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text: byte {error.start}") from None
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> None:
     metrics = None
     chunks = llm.stream(prompt, params)
     try:
+        if echo:
+            console.write(prompt)
         for chunk in chunks:
             console.write(chunk.text)
             metrics = chunk.metrics or metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -53,6 +54,9 @@ def run(args: Sequence[str] | None = None) -> None:
 
     130 after Ctrl-C, 1 where the reader of the output has gone (as under `| head`).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     try:
         code = app(args, prog_name="strobe", standalone_mode=False)
         sys.stdout.flush()
