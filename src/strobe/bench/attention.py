@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,13 @@ class Provider:
     bind: Callable[[Inputs], Callable[[], torch.Tensor]]
 
 
-def of_rung(rung: ladder.Rung, tile: Any = None) -> Provider:
-    """A rung; `tile` goes to those whose tile sizes are parameters."""
+def of_rung(rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None) -> Provider:
+    """A rung, with other tile sizes than its own where it has them as parameters.
+
+    Raises:
+        KernelRefusedError: the rung has no tile sizes to set, or none of these names.
+    """
+    tile = None if tile_sizes is None else _tile(rung, tile_sizes)
     options = {} if tile is None else {"tile": tile}
 
     def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
@@ -48,6 +53,16 @@ def of_rung(rung: ladder.Rung, tile: Any = None) -> Provider:
         return reasons if tile is None else [*reasons, *rung.module.refusals_for_tile(problem, tile)]
 
     return Provider(f"strobe:{rung.name}", refusals, bind)
+
+
+def _tile(rung: ladder.Rung, sizes: Mapping[str, int]) -> Any:
+    kind = getattr(rung.module, "Tile", None)
+    known = [] if kind is None else [field.name for field in fields(kind)]
+    if unknown := [name for name in sizes if name not in known]:
+        raise KernelRefusedError(
+            f"{rung.name} has no tile size {', '.join(unknown)}; it has: {', '.join(known) or 'none'}"
+        )
+    return kind(**sizes)
 
 
 def of_peer(peer: Peer) -> Provider:
