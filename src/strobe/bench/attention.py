@@ -62,7 +62,7 @@ def _tile(rung: ladder.Rung, sizes: Mapping[str, int]) -> Any:
         raise KernelRefusedError(
             f"{rung.name} has no tile size {', '.join(unknown)}; it has: {', '.join(known) or 'none'}"
         )
-    return kind(**sizes)
+    return rung.module.Tile(**sizes)
 
 
 def of_peer(peer: Peer) -> Provider:
@@ -125,6 +125,7 @@ def _row(case: Case, dtype: str, provider: Provider, inputs: Inputs, budget_ms: 
         "ms_max": timing.ms_max,
         "tflops": problem.flops() / timing.ms * 1e-9,
         "gbps": problem.bytes() / timing.ms * 1e-6,
+        "intensity": problem.flops() / problem.bytes(),
     }
 
 

@@ -9,3 +9,4 @@ from strobe.cli import bench_attention
 app = typer.Typer(help="Measure kernels and the engine, beside their peers.", no_args_is_help=True)
 app.command("attention")(bench_attention.attention)
 app.command("memory")(bench_attention.memory)
+app.command("roofline")(bench_attention.roofline)

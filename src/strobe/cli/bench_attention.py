@@ -19,12 +19,15 @@ from strobe.errors import StrobeError, UnknownNameError
 Batch = Annotated[int, typer.Option(help="Rows.")]
 Seq = Annotated[str, typer.Option(help="Lengths, with --sweep several: 512,1k,16k. Keys where it decodes.")]
 Heads = Annotated[int, typer.Option(help="Query heads.")]
-KvHeads = Annotated[int | None, typer.Option(help="Key heads. [default: --heads]")]
+KvHeads = Annotated[int | None, typer.Option(help="Key heads.", show_default="--heads")]
 HeadDim = Annotated[int, typer.Option(help="Size of a head.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")]
 Decode = Annotated[bool, typer.Option("--decode", help="One query a row against a paged cache.")]
 PageSize = Annotated[int, typer.Option(help="Tokens of a page, with --decode.")]
-Dtype = Annotated[str | None, typer.Option(help="[default: bfloat16 on a GPU, float32 on a CPU]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+]
 Kernels = Annotated[str, typer.Option("--kernel", "-k", help="Kernels, by name; `all` that fit.")]
 Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa4, flashinfer.")]
 Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill, decode or ladder.")]
@@ -123,6 +126,57 @@ def memory(
         console.write_json(result.__dict__)
     else:
         console.write(tables.by_provider(rows, tables.memory))
+
+
+def roofline(
+    dtype: Dtype = None,
+    device: Device = None,
+    vs: Vs = "",
+    seq: Annotated[str, typer.Option(help="Length of the prefill shape.")] = "4k",
+    plot: Plot = None,
+    save: Save = None,
+    commit: Commit = None,
+    json: Json = False,
+) -> None:
+    """Measure this machine's ceilings, then place every kernel and peer under them.
+
+    Three columns: attention of one query a row (decode), a product with one token (decode) and with
+    many (prefill), and attention of a whole prompt (prefill).
+    """
+    from strobe.attention.cases import decode_shape, prefill_shape
+    from strobe.bench import linear, plots
+    from strobe.bench.results import Result, default_path
+
+    if plot is not None:
+        plots.check_path(plot)
+    where = devices.resolve(settings.load(device=device).device).partition(":")[0]
+    dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    on_gpu = where == "cuda"
+    prefill = prefill_shape(
+        1, length(seq) if on_gpu else 512, 16 if on_gpu else 4, 16 if on_gpu else 4, 128, False
+    )
+    decode = decode_shape(16 if on_gpu else 4, 8192 if on_gpu else 1024, 32, 8, 128)
+    rows, roof = _measure([prefill], "prefill", "all", vs, None, dtype, where)
+    rows += _measure([decode], "decode", "all", vs, None, dtype, where)[0]
+    tokens, inputs, outputs = (4096, 4096, 14336) if on_gpu else (256, 512, 1408)
+    arch = devices.gpu().arch if on_gpu else 0
+    rows += linear.measure_all([(1, inputs, outputs), (tokens, inputs, outputs)], dtype, where, arch)
+    result = Result.here("roofline", rows, commit=commit, ceilings=roof.as_dict())
+    if save is not None:
+        result.save(default_path("roofline") if str(save) == "auto" else save)
+    right = [row for row in rows if row["checked"]]
+    if plot is not None:
+        name = result.machine.get("gpu") or result.machine["cpu"]
+        plots.roofline(right, roof.matmul_tflops, roof.read_gbps, plot, f"{name}, {dtype}")
+    if json:
+        console.write_json(result.__dict__)
+        return
+    table = []
+    for row in right:
+        attainable = min(roof.matmul_tflops, roof.read_gbps * row["intensity"] * 1e-3)
+        share = f"{row['tflops'] / attainable:.1%}"
+        table.append([row["provider"], f"{row['intensity']:.4g}", f"{row['tflops']:.4g}", share])
+    console.write_table(["provider", "FLOP a byte", "TFLOP/s", "% of the roof"], table)
 
 
 def _measure(
