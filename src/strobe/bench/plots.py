@@ -74,8 +74,8 @@ def roofline(rows: Sequence[Row], matmul_tflops: float, read_gbps: float, path: 
     columns = sorted({row["intensity"] for row in rows})
     low, high = min([0.5, *columns]) / 2, max([ridge, *columns]) * 12
     axis.plot([low, ridge, high], [low * read_gbps * 1e-3, matmul_tflops, matmul_tflops], "k-", linewidth=1.5)
-    axis.annotate(f"{read_gbps:,.0f} GB/s", (low * 1.3, low * 1.3 * read_gbps * 1.35e-3), fontsize=9)
-    axis.annotate(f"{matmul_tflops:,.0f} TFLOP/s", (ridge * 1.1, matmul_tflops * 1.12), fontsize=9)
+    axis.annotate(f"{read_gbps:.4g} GB/s", (low * 1.2, low * 1.2 * read_gbps * 1.8e-3), fontsize=9)
+    axis.annotate(f"{matmul_tflops:.4g} TFLOP/s", (ridge * 1.1, matmul_tflops * 1.12), fontsize=9)
     lowest = min(row["tflops"] for row in rows)
     for intensity in columns:
         column = sorted((row for row in rows if row["intensity"] == intensity), key=lambda row: row["tflops"])
