@@ -144,9 +144,7 @@ def train(shape: Shape, recipe: Recipe, tokenizer: Tokenizer, device: torch.devi
 
 def options() -> argparse.Namespace:
     """Command line: --out, --device and one flag for each field of Shape and Recipe."""
-    parser = argparse.ArgumentParser(
-        description="Train strobe-tiny. Each setting's help is its default, the recipe of the bundled model."
-    )
+    parser = argparse.ArgumentParser(description="Train strobe-tiny. A setting's help is its default.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in (*dataclasses.fields(Shape), *dataclasses.fields(Recipe)):
