@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
+    _show_kernels(terminalreporter)
     folder = config.getoption("--gpu-report")
     if folder is None:
         return
@@ -43,6 +44,16 @@ def pytest_terminal_summary(
     path = folder / gpus[0].slug / "gpu_tests.json"
     Result.here("gpu_tests", [row]).save(path)
     terminalreporter.write_line(f"counts are in {path}")
+
+
+def _show_kernels(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each compiled kernel takes, as tests/cuda/test_compile.py recorded it."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    lines = [line for report in reports for name, line in report.user_properties if name == "kernel"]
+    if lines:
+        terminalreporter.section("CUDA kernels")
+        for line in sorted(set(lines)):
+            terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@
 #include "dense.cuh"
 #include "warp_attention.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int ACROSS = HEAD_DIM <= 256 ? 1 : HEAD_DIM <= 512 ? 2 : 4;  // 128 output registers a lane at most
 constexpr int DOWN = WARPS / ACROSS;
 constexpr int Q_TILE = 16 * DOWN;
@@ -24,7 +24,7 @@ using WeightTile = PaddedTile<Q_TILE, K_TILE>;
 constexpr int LOADED = QTile::BYTES + KTile::BYTES > VTile::BYTES ? QTile::BYTES + KTile::BYTES : VTile::BYTES;
 
 // grid (q_len / Q_TILE, q_heads, batch)
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const __grid_constant__ DenseParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ DenseParams p) {
   __shared__ uint4 loaded[LOADED / 16];  // a Q and a K tile, or a V tile
   __shared__ uint4 shared_weights[WeightTile::BYTES / 16];
   __shared__ float shared_rows[ACROSS][Q_TILE];  // a float a row from each warp across it
@@ -51,8 +51,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const __grid_
     float s[KEYS / 8][4] = {};  // eq. 1, a tile of head_dim at a time
     for (int d = 0; d < HEAD_DIM; d += QK_TILE) {
       __syncthreads();
-      QTile::load(q_tile, queries + d, p.q_strides.row, first_query, p.q_len);
-      KTile::load(k_tile, keys + d, p.k_strides.row, first, p.kv_len);
+      QTile::load<THREADS>(q_tile, queries + d, p.q_strides.row, first_query, p.q_len);
+      KTile::load<THREADS>(k_tile, keys + d, p.k_strides.row, first, p.kv_len);
       __syncthreads();
 #pragma unroll
       for (int step = 0; step < QK_TILE; step += 16) {
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) attend(const __grid_
 #pragma unroll
     for (int tile = 0; tile < HEAD_DIM / PV_TILE; ++tile) {  // eq. 3, a tile of columns at a time
       __syncthreads();
-      VTile::load(v_tile, values + tile * PV_TILE, p.v_strides.row, first, p.kv_len);
+      VTile::load<THREADS>(v_tile, values + tile * PV_TILE, p.v_strides.row, first, p.kv_len);
       __syncthreads();
 #pragma unroll
       for (int key = 0; key < K_TILE; key += 16) {

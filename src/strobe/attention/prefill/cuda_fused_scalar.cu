@@ -25,7 +25,6 @@ extern "C" __global__ void __launch_bounds__(Q_TILE) attend(const __grid_constan
   float* k_tile = reinterpret_cast<float*>(shared);  // [K_TILE][HEAD_DIM]
   float* v_tile = k_tile + K_TILE * HEAD_DIM;        // [K_TILE][HEAD_DIM]
   float* q_tile = v_tile + K_TILE * HEAD_DIM;        // [HEAD_DIM][PITCH]: a warp reads 32 queries side by side
-  float* weights = q_tile + HEAD_DIM * PITCH;        // [K_TILE][Q_TILE]: each thread its own column
   const int me = threadIdx.x, head = blockIdx.y, batch = blockIdx.z;
   const int first_query = longest_first() * Q_TILE, query = first_query + me;
   const scalar_t* q = p.queries(batch, head);
@@ -64,24 +63,24 @@ extern "C" __global__ void __launch_bounds__(Q_TILE) attend(const __grid_constan
       highest = fmaxf(highest, s[j]);
     }
     const float alpha = rescale_factor(maximum, highest);
-    maximum = highest, sum *= alpha;
+    maximum = highest;
+    float tile_sum = 0.f;
 #pragma unroll
     for (int j = 0; j < K_TILE; ++j) {
-      const float weight = fast_exp2(s[j] - finite(maximum));
-      weights[j * Q_TILE + me] = weight;
-      sum += weight;
+      s[j] = fast_exp2(s[j] - finite(maximum));
+      tile_sum += s[j];
     }
+    sum = sum * alpha + tile_sum;
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM; ++d) out[d] *= alpha;
-#pragma unroll 2
-    for (int j = 0; j < K_TILE; ++j) {
-      const float weight = weights[j * Q_TILE + me];
+    for (int d = 0; d < HEAD_DIM; d += 4) {
+      float4 tile_out = {};  // short sums of short sums: rounding grows with the longer of the two only
 #pragma unroll
-      for (int d = 0; d < HEAD_DIM; d += 4) {
+      for (int j = 0; j < K_TILE; ++j) {
         const float4 v = *reinterpret_cast<const float4*>(&v_tile[j * HEAD_DIM + d]);
-        out[d] += weight * v.x, out[d + 1] += weight * v.y;
-        out[d + 2] += weight * v.z, out[d + 3] += weight * v.w;
+        tile_out.x += s[j] * v.x, tile_out.y += s[j] * v.y, tile_out.z += s[j] * v.z, tile_out.w += s[j] * v.w;
       }
+      out[d] = out[d] * alpha + tile_out.x, out[d + 1] = out[d + 1] * alpha + tile_out.y;
+      out[d + 2] = out[d + 2] * alpha + tile_out.z, out[d + 3] = out[d + 3] * alpha + tile_out.w;
     }
   }
 

@@ -29,7 +29,7 @@ DEFAULT = Tile()
 
 
 def footprint(head_dim: int, tile: Tile) -> dense.Footprint:
-    floats = 2 * tile.k * head_dim + head_dim * (tile.q + 1) + tile.k * tile.q
+    floats = 2 * tile.k * head_dim + head_dim * (tile.q + 1)
     return dense.Footprint(tile.q, 4 * floats)
 
 
@@ -70,7 +70,7 @@ def run(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines(dtype, 128, DEFAULT)) for dtype in dense.SCALAR]
+    return [jit.Source(_SOURCE, _defines(dtype, 128, DEFAULT)) for dtype in ("bfloat16", "float32")]
 
 
 def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:

@@ -31,8 +31,10 @@ scores(const __grid_constant__ DenseParams p, float* s) {
     q_tile[y][x] = inside && query < p.q_len ? to_float(q[d + x]) : 0.f;
     k_tile[y][x] = inside && first_key + y < p.kv_len ? to_float(k[d + x]) : 0.f;
     __syncthreads();
+    float tile_sum = 0.f;  // short sums of short sums: rounding grows with the longer of the two only
 #pragma unroll
-    for (int i = 0; i < EDGE; ++i) sum += q_tile[y][i] * k_tile[x][i];
+    for (int i = 0; i < EDGE; ++i) tile_sum += q_tile[y][i] * k_tile[x][i];
+    sum += tile_sum;
     __syncthreads();
   }
   const int key = first_key + x;
@@ -88,8 +90,10 @@ weigh_values(const __grid_constant__ DenseParams p, const float* weights) {
     p_tile[y][x] = query < p.q_len && key + x < p.kv_len ? row[key + x] : 0.f;
     v_tile[y][x] = d < HEAD_DIM && key + y < p.kv_len ? to_float(v[(key + y) * p.v_strides.row]) : 0.f;
     __syncthreads();
+    float tile_sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < EDGE; ++i) sum += p_tile[y][i] * v_tile[i][x];
+    for (int i = 0; i < EDGE; ++i) tile_sum += p_tile[y][i] * v_tile[i][x];
+    sum += tile_sum;
     __syncthreads();
   }
   if (query < p.q_len && d < HEAD_DIM) p.out_row(batch, head, query)[d] = from_float<scalar_t>(sum);

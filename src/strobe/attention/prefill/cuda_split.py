@@ -89,7 +89,7 @@ def weigh_values(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines(dtype, 128, DEFAULT)) for dtype in dense.SCALAR]
+    return [jit.Source(_SOURCE, _defines(dtype, 128, DEFAULT)) for dtype in ("bfloat16", "float32")]
 
 
 def _kernel(problem: AttentionProblem, entry: str, s: torch.Tensor, tile: Tile) -> jit.Kernel:

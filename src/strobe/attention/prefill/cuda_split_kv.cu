@@ -8,7 +8,7 @@
 #include "dense.cuh"
 #include "warp_attention.cuh"
 
-constexpr int WARPS = Q_TILE / 16;
+constexpr int WARPS = Q_TILE / 16, THREADS = 32 * WARPS;
 using Tile = PaddedTile<K_TILE, HEAD_DIM>;
 
 struct Workspace {
@@ -19,7 +19,7 @@ struct Workspace {
 };
 
 // grid (q_len / Q_TILE x splits, q_heads, batch)
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 partials(const __grid_constant__ DenseParams p, const __grid_constant__ Workspace w) {
   extern __shared__ uint4 shared[];
   scalar_t* k_tile = reinterpret_cast<scalar_t*>(shared);
@@ -30,7 +30,7 @@ partials(const __grid_constant__ DenseParams p, const __grid_constant__ Workspac
   const scalar_t* values = p.values(batch, head);
 
   using QTile = PaddedTile<Q_TILE, HEAD_DIM>;
-  QTile::load(k_tile, p.queries(batch, head), p.q_strides.row, first_query, p.q_len);
+  QTile::load<THREADS>(k_tile, p.queries(batch, head), p.q_strides.row, first_query, p.q_len);
   __syncthreads();
   WarpQueries<scalar_t, HEAD_DIM, K_TILE> warp_queries(k_tile + 16 * warp * QTile::PITCH);
 
@@ -40,8 +40,8 @@ partials(const __grid_constant__ DenseParams p, const __grid_constant__ Workspac
   const int end = min(begin + w.keys, p.visible(min(first_query + Q_TILE, p.q_len) - 1));
   for (int first = begin; first < end; first += K_TILE) {
     __syncthreads();
-    Tile::load(k_tile, keys, p.k_strides.row, first, p.kv_len);
-    Tile::load(v_tile, values, p.v_strides.row, first, p.kv_len);
+    Tile::load<THREADS>(k_tile, keys, p.k_strides.row, first, p.kv_len);
+    Tile::load<THREADS>(v_tile, values, p.v_strides.row, first, p.kv_len);
     __syncthreads();
     warp_queries.attend(k_tile, v_tile, p.scale_log2e, {visible[0] - first, visible[1] - first});
   }

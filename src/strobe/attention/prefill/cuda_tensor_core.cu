@@ -6,11 +6,11 @@
 #include "dense.cuh"
 #include "warp_attention.cuh"
 
-constexpr int WARPS = Q_TILE / 16;
+constexpr int WARPS = Q_TILE / 16, THREADS = 32 * WARPS;
 using Tile = PaddedTile<K_TILE, HEAD_DIM>;
 
 // grid (q_len / Q_TILE, q_heads, batch); shared memory: K and V tiles, before them the queries in their place
-extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_constant__ DenseParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_constant__ DenseParams p) {
   extern __shared__ uint4 shared[];
   scalar_t* k_tile = reinterpret_cast<scalar_t*>(shared);
   scalar_t* v_tile = k_tile + K_TILE * Tile::PITCH;
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
   const scalar_t* values = p.values(batch, head);
 
   using QTile = PaddedTile<Q_TILE, HEAD_DIM>;
-  QTile::load(k_tile, p.queries(batch, head), p.q_strides.row, first_query, p.q_len);
+  QTile::load<THREADS>(k_tile, p.queries(batch, head), p.q_strides.row, first_query, p.q_len);
   __syncthreads();
   WarpQueries<scalar_t, HEAD_DIM, K_TILE> warp_queries(k_tile + 16 * warp * QTile::PITCH);
 
@@ -29,8 +29,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(const __grid_con
   const int end = p.visible(min(first_query + Q_TILE, p.q_len) - 1);
   for (int first = 0; first < end; first += K_TILE) {
     __syncthreads();
-    Tile::load(k_tile, keys, p.k_strides.row, first, p.kv_len);
-    Tile::load(v_tile, values, p.v_strides.row, first, p.kv_len);
+    Tile::load<THREADS>(k_tile, keys, p.k_strides.row, first, p.kv_len);
+    Tile::load<THREADS>(v_tile, values, p.v_strides.row, first, p.kv_len);
     __syncthreads();
     warp_queries.attend(k_tile, v_tile, p.scale_log2e, {visible[0] - first, visible[1] - first});
   }

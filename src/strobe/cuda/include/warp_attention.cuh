@@ -13,15 +13,25 @@ struct PaddedTile {
   static constexpr int PITCH = DIM + 8;
   static constexpr int BYTES = 2 * ROWS * PITCH;
 
-  // Rows [first, first + ROWS) of `rows`, 16 bytes a thread at a time; zeros past `end`.
-  template <class T>
+  // Rows [first, first + ROWS) of `rows`, 16 bytes a thread at a time; zeros past `end`. A thread starts four
+  // reads before it waits for the first.
+  template <int THREADS, class T>
   static __device__ __forceinline__ void load(T* tile, const T* rows, i64 stride, int first, int end) {
-    constexpr int CHUNKS = DIM / 8;
-    for (int at = threadIdx.x; at < ROWS * CHUNKS; at += blockDim.x) {
-      const int row = at / CHUNKS, d = at % CHUNKS * 8;
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (first + row < end) x = *reinterpret_cast<const uint4*>(rows + (first + row) * stride + d);
-      *reinterpret_cast<uint4*>(tile + row * PITCH + d) = x;
+    constexpr int CHUNKS = DIM / 8, PIECES = ROWS * CHUNKS, BATCH = 4;
+#pragma unroll 1
+    for (int start = threadIdx.x; start < PIECES; start += BATCH * THREADS) {
+      uint4 x[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int at = start + i * THREADS, row = at / CHUNKS, d = at % CHUNKS * 8;
+        const bool inside = at < PIECES && first + row < end;
+        x[i] = inside ? *reinterpret_cast<const uint4*>(rows + (first + row) * stride + d) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int at = start + i * THREADS, row = at / CHUNKS, d = at % CHUNKS * 8;
+        if (at < PIECES) *reinterpret_cast<uint4*>(tile + row * PITCH + d) = x[i];
+      }
     }
   }
 };

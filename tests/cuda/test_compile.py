@@ -1,0 +1,62 @@
+"""Every CUDA source compiles for each arch it is meant for; what its kernels take is shown at the end of
+the run, and spills are refused in production rungs."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import strobe
+from strobe.attention import ladder
+from strobe.cuda import jit
+from strobe.linear import ladder as linear_ladder
+
+PACKAGE = Path(strobe.__file__).parent
+SOURCES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.cu"))
+ARCHS = ["sm_80", "sm_89", "sm_90a", "sm_120"]
+TEACHING = {
+    "cuda_split",
+    "cuda_fused_scalar",
+    "cuda_fused_warp",
+    "cuda_tensor_core",
+    "cuda_dim_tiled",
+    "cuda_split_kv",
+}
+sources = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+
+
+def module_of(source: Path) -> ModuleType:
+    """The Python module beside a CUDA source."""
+    return importlib.import_module(".".join(("strobe", *source.parts)))
+
+
+@sources
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_without_spills(source: Path, arch: str, record_property: pytest.RecordProperty) -> None:
+    jobs = list(module_of(source).sources(arch))
+    if not jobs:
+        pytest.skip(f"{source.name} has nothing for {arch}")
+    spilling = []
+    for job in jobs:
+        cubin = jit.compile(job.path, job.defines, arch)
+        assert cubin.image.startswith(b"\x7fELF")
+        assert cubin.resources(), f"no kernel in {job.path.name}:\n{cubin.log}"
+        for entry, taken in cubin.resources().items():
+            defines = " ".join(f"{name}={value}" for name, value in job.defines.items())
+            line = f"{job.path.stem:18} {entry:14} {arch:7} {taken}  ({defines})"
+            record_property("kernel", line)
+            if taken.spills:
+                spilling.append(line)
+    assert source.name in TEACHING or not spilling, "\n".join(spilling)
+
+
+@sources
+def test_is_compiled_for_some_arch(source: Path) -> None:
+    """A source that no arch builds would never be tested; each belongs to a rung or to ops."""
+    module = module_of(source)
+    assert any(list(module.sources(arch)) for arch in ARCHS)
+    rungs = {rung.module for rung in (*ladder.RUNGS.values(), *linear_ladder.RUNGS.values())}
+    assert module in rungs or source.parts[0] == "ops"
