@@ -60,11 +60,11 @@ PREFILL = tuple(
         "cuda_split_kv",
     )
 )
-DECODE: tuple[Rung, ...] = ()
+DECODE = tuple(Rung("decode", name) for name in ("torch_grouped",))
 
 FASTEST_FIRST = {
     "prefill": ("prefill/torch_sdpa", "prefill/torch_naive"),
-    "decode": ("prefill/torch_sdpa", "prefill/torch_naive"),
+    "decode": ("decode/torch_grouped", "prefill/torch_sdpa", "prefill/torch_naive"),
 }
 """What `kernel="auto"` tries, by the problem's phase. The order is measured: docs/ladder.md."""
 

@@ -36,10 +36,13 @@ class Rung:
         self.module.run(problem, x, weight, bias, out)
 
 
-RUNGS = {name: Rung(name) for name in ("cuda_matmul_naive", "cuda_matmul_tiled", "cuda_gemv", "torch_linear")}
+RUNGS = {
+    name: Rung(name)
+    for name in ("cuda_matmul_naive", "cuda_matmul_tiled", "cuda_gemv", "torch_linear", "torch_onednn")
+}
 """In teaching order."""
 
-FASTEST_FIRST = ("torch_linear",)
+FASTEST_FIRST = ("torch_onednn", "torch_linear")
 """What `kernel="auto"` tries."""
 
 
