@@ -103,8 +103,10 @@ class KvCache:
         return held
 
     def missing(self, held: PageList, computed: int, upto: int) -> int:
-        """Pages that `extend` would take."""
-        return self.pages_for(upto) - len(held.pages) + self._writes_shared(held, computed)
+        """Pages that `extend` would take; 0 in most steps of a sequence that decodes."""
+        index, offset = divmod(computed, self.page_size)
+        shared = offset > 0 and self._refs[held.pages[index]] > 1
+        return max(0, -(-upto // self.page_size) - len(held.pages)) + shared
 
     def extend(self, held: PageList, computed: int, upto: int) -> PageCopy | None:
         """Make room for tokens `[computed, upto)`, to be written next; says what to copy first, if anything.
@@ -115,8 +117,8 @@ class KvCache:
         if self.missing(held, computed, upto) > self.available:
             raise StrobeError(f"the KV cache has {self.available} pages left, fewer than asked for")
         copy = None
-        if self._writes_shared(held, computed):
-            index = computed // self.page_size
+        index, offset = divmod(computed, self.page_size)
+        if offset > 0 and self._refs[held.pages[index]] > 1:
             copy = PageCopy(held.pages[index], self._take())
             self._refs[copy.source] -= 1
             held.pages[index] = copy.target
@@ -186,10 +188,6 @@ class KvCache:
         digest = blake2b(parent, digest_size=32)
         digest.update(array("q", tokens[start : start + self.page_size]))
         return digest.digest()
-
-    def _writes_shared(self, held: PageList, computed: int) -> bool:
-        index, offset = divmod(computed, self.page_size)
-        return offset > 0 and self._refs[held.pages[index]] > 1
 
     def _take(self) -> int:
         if self._free:

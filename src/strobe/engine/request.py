@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from strobe.engine.kv_cache import PageList, Prefix
@@ -111,6 +112,11 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @cached_property
+    def plain(self) -> bool:
+        """True where the likeliest token is all that is wanted of the logits."""
+        return self.greedy and not self.penalised and self.logprobs is None and self.min_tokens == 0
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

@@ -45,6 +45,8 @@ class Sampler:
     def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> Sampled:
         """Draw a token for each sequence from its row of `logits` `[rows, vocab]`."""
         params = [sequence.params for sequence in sequences]
+        if all(p.plain for p in params):
+            return Sampled(logits.argmax(dim=-1))
         wanting = tuple(row for row, p in enumerate(params) if p.logprobs is not None)
         raw = logits
         forbidden = [

@@ -26,11 +26,6 @@ class Chunk(NamedTuple):
     start: int
     end: int
 
-    @property
-    def samples(self) -> bool:
-        """True where this chunk's last token is the sequence's last, whose logits give the next."""
-        return self.end == len(self.sequence.tokens)
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -82,19 +77,19 @@ class Scheduler:
         while index < len(self.running) and budget:
             sequence = self.running[index]
             count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not self._make_room(sequence, sequence.computed + count):
+            start, end = sequence.computed, sequence.computed + count
+            if self.cache.missing(sequence.pages, start, end) and not self._grow(sequence, end, copies):
                 break
-            chunks.append(self._take(sequence, count, copies))
+            chunks.append(Chunk(sequence, start, end))
             budget -= count
             index += 1
         if index == len(self.running):
             self._admit(budget, chunks, copies)
         sampled, sampled_chunks = [], []
-        for index, chunk in enumerate(chunks):
-            if chunk.samples:
-                for sequence in (chunk.sequence, *chunk.sequence.siblings):
-                    sampled.append(sequence)
-                    sampled_chunks.append(index)
+        for index, (sequence, _, end) in enumerate(chunks):
+            if end == len(sequence.tokens):  # its last token's logits give the next
+                sampled += [sequence, *sequence.siblings]
+                sampled_chunks += [index] * (1 + len(sequence.siblings))
         return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies))
 
     def accept(self, schedule: Schedule, tokens: Iterable[int]) -> None:
@@ -143,18 +138,16 @@ class Scheduler:
                 self.prefix_queries += len(sequence.tokens)
                 self.prefix_hits += computed
             count = min(len(sequence.tokens) - computed, budget)
-            chunks.append(self._take(sequence, count, copies))
+            self._grow(sequence, computed + count, copies)
+            chunks.append(Chunk(sequence, computed, computed + count))
             budget -= count
             seats -= 1 + len(sequence.siblings)
 
-    def _take(self, sequence: Sequence, count: int, copies: list[PageCopy]) -> Chunk:
-        start = sequence.computed
-        if (copy := self.cache.extend(sequence.pages, start, start + count)) is not None:
-            copies.append(copy)
-        return Chunk(sequence, start, start + count)
+    def _grow(self, sequence: Sequence, upto: int, copies: list[PageCopy]) -> bool:
+        """Take pages for tokens up to `upto`, from the latest arrivals where there are none left.
 
-    def _make_room(self, sequence: Sequence, upto: int) -> bool:
-        """Preempt the latest arrivals until `sequence` can grow; False where it had to go itself."""
+        False where the sequence was the latest itself, and waits again.
+        """
         while self.cache.missing(sequence.pages, sequence.computed, upto) > self.cache.available:
             victim = self.running.pop()
             self.cache.release(victim.pages)
@@ -164,6 +157,8 @@ class Scheduler:
             self.waiting.appendleft(victim)
             if victim is sequence:
                 return False
+        copy = self.cache.extend(sequence.pages, sequence.computed, upto)
+        copies += [copy] if copy is not None else []
         return True
 
     def _fork(self, sequence: Sequence) -> None:
