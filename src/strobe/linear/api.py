@@ -11,6 +11,20 @@ from strobe.linear import ladder
 from strobe.linear.problem import LinearProblem
 
 
+def empty_weight(
+    outputs: int, inputs: int, *, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    """An uninitialised weight `[outputs, inputs]`, laid out as its device multiplies it fastest.
+
+    A GPU's lies output by output, contiguous. A CPU's lies input by input: one token's product then
+    adds up rows of memory in order instead of taking a dot product a row, which was 1.4 times as fast
+    (float32, 256 to 1408 features, one core), and no slower for many tokens.
+    """
+    if torch.device(device).type == "cpu":
+        return torch.empty(inputs, outputs, device=device, dtype=dtype).t()
+    return torch.empty(outputs, inputs, device=device, dtype=dtype)
+
+
 def apply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, kernel: str = "auto"
 ) -> torch.Tensor:
@@ -18,7 +32,7 @@ def apply(
 
     Args:
         x: `[tokens, inputs]`, contiguous.
-        weight: `[outputs, inputs]`, contiguous, of x's dtype.
+        weight: `[outputs, inputs]` of x's dtype; contiguous on a GPU, in any layout on a CPU.
         bias: `[outputs]` or None.
         kernel: a rung's name, or "auto" for the fastest that fits.
 
@@ -29,29 +43,38 @@ def apply(
         ProblemError: shapes, dtypes or devices that do not fit together.
         UnknownNameError, KernelRefusedError: as `ladder.choose`.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ProblemError(
-            f"x is {list(x.shape)}, weight {list(weight.shape)}; "
-            "supported: [tokens, inputs] and [outputs, inputs]"
-        )
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise ProblemError(
-            f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}; supported: the same"
-        )
-    tokens, inputs = x.shape
-    problem = _describe(tokens, inputs, weight.shape[0], x.dtype, bias is not None, x.device)
-    out = x.new_empty(tokens, weight.shape[0])
-    if tokens:
-        ladder.choose(problem, kernel).run(problem, x, weight, bias, out)
+    problem, rung = _plan(
+        x.shape, weight.shape, x.dtype, weight.dtype, (x.device, weight.device), bias is None, kernel
+    )
+    out = x.new_empty(problem.tokens, problem.outputs)
+    if problem.tokens:
+        rung.run(problem, x, weight, bias, out)
     return out
 
 
 @lru_cache(maxsize=4096)
-def _describe(
-    tokens: int, inputs: int, outputs: int, dtype: torch.dtype, bias: bool, device: torch.device
-) -> LinearProblem:
+def _plan(
+    x: torch.Size,
+    weight: torch.Size,
+    x_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    devices: tuple[torch.device, torch.device],
+    no_bias: bool,
+    kernel: str,
+) -> tuple[LinearProblem, ladder.Rung]:
+    """The problem of tensors of these kinds, checked, and the rung that runs it."""
+    if len(x) != 2 or len(weight) != 2 or x[1] != weight[1]:
+        raise ProblemError(
+            f"x is {list(x)}, weight {list(weight)}; supported: [tokens, inputs] and [outputs, inputs]"
+        )
+    if x_dtype != weight_dtype or devices[0] != devices[1]:
+        raise ProblemError(
+            f"x is {x_dtype} on {devices[0]}, weight {weight_dtype} on {devices[1]}; supported: the same"
+        )
     arch = 0
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+    if devices[0].type == "cuda":
+        major, minor = torch.cuda.get_device_capability(devices[0])
         arch = 10 * major + minor
-    return LinearProblem(tokens, inputs, outputs, str(dtype).removeprefix("torch."), bias, device.type, arch)
+    dtype = str(x_dtype).removeprefix("torch.")
+    problem = LinearProblem(x[0], x[1], weight[0], dtype, not no_bias, devices[0].type, arch)
+    return problem, ladder.choose(problem, kernel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from strobe.errors import KernelRefusedError, UnknownNameError
@@ -46,7 +46,6 @@ FASTEST_FIRST = ("torch_onednn", "torch_linear")
 """What `kernel="auto"` tries."""
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: LinearProblem, kernel: str = "auto") -> Rung:
     """The rung that runs `problem`: "auto" takes the fastest that refuses nothing; a name never falls back.
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """`x [tokens, inputs] @ weight [outputs, inputs]ᵀ (+ bias [outputs])`, all in one dtype, contiguous."""
+    """`x [tokens, inputs] @ weight [outputs, inputs]ᵀ (+ bias [outputs])`, all in one dtype.
+
+    x and bias are contiguous; the weight is laid out as `linear.empty_weight` does for its device.
+    """
 
     tokens: int
     inputs: int

@@ -64,4 +64,4 @@ class Batch:
         """q `[tokens, heads, head_dim]` as the layout's attention takes it; a view."""
         if self.layout.cu_seqlens_q is not None:
             return q
-        return q.unflatten(0, (self.layout.page_table.shape[0], -1))
+        return q.view(self.layout.page_table.shape[0], -1, *q.shape[1:])

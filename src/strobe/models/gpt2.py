@@ -54,27 +54,33 @@ class GPT2Weights:
     def allocate(cls, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> GPT2Weights:
         """Uninitialised weights of the right shapes."""
 
-        def new(*shape: int) -> torch.Tensor:
+        def rows(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        def affine(*shape: int) -> Affine:
-            return Affine(new(*shape), new(shape[0]))
+        def weight(outputs: int, inputs: int) -> torch.Tensor:
+            return linear.empty_weight(outputs, inputs, device=device, dtype=dtype)
+
+        def norm(size: int) -> Affine:
+            return Affine(rows(size), rows(size))
+
+        def projection(outputs: int, inputs: int) -> Affine:
+            return Affine(weight(outputs, inputs), rows(outputs))
 
         c = config
         layers = tuple(
             GPT2Layer(
-                attention_norm=affine(c.hidden),
-                qkv=affine(c.q_size + 2 * c.kv_size, c.hidden),
-                output=affine(c.hidden, c.q_size),
-                mlp_norm=affine(c.hidden),
-                up=affine(c.intermediate, c.hidden),
-                down=affine(c.hidden, c.intermediate),
+                attention_norm=norm(c.hidden),
+                qkv=projection(c.q_size + 2 * c.kv_size, c.hidden),
+                output=projection(c.hidden, c.q_size),
+                mlp_norm=norm(c.hidden),
+                up=projection(c.intermediate, c.hidden),
+                down=projection(c.hidden, c.intermediate),
             )
             for _ in range(c.layers)
         )
-        embedding = new(c.vocab_size, c.hidden)
-        head = embedding if c.tie_embeddings else new(c.vocab_size, c.hidden)
-        return cls(embedding, new(c.max_position, c.hidden), layers, affine(c.hidden), head)
+        head = weight(c.vocab_size, c.hidden)
+        embedding = head if c.tie_embeddings else rows(c.vocab_size, c.hidden)
+        return cls(embedding, rows(c.max_position, c.hidden), layers, norm(c.hidden), head)
 
 
 class GPT2:

@@ -52,28 +52,31 @@ class LlamaWeights:
     def allocate(cls, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> LlamaWeights:
         """Uninitialised weights of the right shapes."""
 
-        def new(*shape: int) -> torch.Tensor:
+        def rows(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
+
+        def weight(outputs: int, inputs: int) -> torch.Tensor:
+            return linear.empty_weight(outputs, inputs, device=device, dtype=dtype)
 
         c, qkv_size = config, config.q_size + 2 * config.kv_size
         layers = tuple(
             LlamaLayer(
-                attention_norm=new(c.hidden),
-                qkv=new(qkv_size, c.hidden),
-                qkv_bias=new(qkv_size) if c.qkv_bias else None,
-                q_norm=new(c.head_dim) if c.qk_norm else None,
-                k_norm=new(c.head_dim) if c.qk_norm else None,
-                output=new(c.hidden, c.q_size),
-                output_bias=new(c.hidden) if c.output_bias else None,
-                mlp_norm=new(c.hidden),
-                gate_up=new(2 * c.intermediate, c.hidden),
-                down=new(c.hidden, c.intermediate),
+                attention_norm=rows(c.hidden),
+                qkv=weight(qkv_size, c.hidden),
+                qkv_bias=rows(qkv_size) if c.qkv_bias else None,
+                q_norm=rows(c.head_dim) if c.qk_norm else None,
+                k_norm=rows(c.head_dim) if c.qk_norm else None,
+                output=weight(c.hidden, c.q_size),
+                output_bias=rows(c.hidden) if c.output_bias else None,
+                mlp_norm=rows(c.hidden),
+                gate_up=weight(2 * c.intermediate, c.hidden),
+                down=weight(c.hidden, c.intermediate),
             )
             for _ in range(c.layers)
         )
-        embedding = new(c.vocab_size, c.hidden)
-        head = embedding if c.tie_embeddings else new(c.vocab_size, c.hidden)
-        return cls(embedding, layers, new(c.hidden), head)
+        head = weight(c.vocab_size, c.hidden)
+        embedding = head if c.tie_embeddings else rows(c.vocab_size, c.hidden)
+        return cls(embedding, layers, rows(c.hidden), head)
 
 
 class Llama:
@@ -109,11 +112,11 @@ class Llama:
         normed = rms_norm(x, layer.attention_norm, c.norm_eps)
         qkv = linear.apply(normed, layer.qkv, layer.qkv_bias, kernel=kernel)
         heads = qkv.view(-1, c.q_heads + 2 * c.kv_heads, c.head_dim)
-        qk, v = heads.split((c.q_heads + c.kv_heads, c.kv_heads), 1)
+        qk, v = heads.split_with_sizes((c.q_heads + c.kv_heads, c.kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((c.q_heads, c.kv_heads), 1)
+            q, k = qk.split_with_sizes((c.q_heads, c.kv_heads), 1)
             qk = torch.cat((rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)), 1)
-        q, k = rope.rotate(qk, *turn).split((c.q_heads, c.kv_heads), 1)
+        q, k = rope.rotate(qk, *turn).split_with_sizes((c.q_heads, c.kv_heads), 1)
         k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
         cache.append(k, v, k_pages, v_pages, batch.slots)
         out: Any = attention(

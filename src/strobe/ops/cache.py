@@ -13,5 +13,5 @@ def append(
     k and v `[tokens, kv_heads, head_dim]`; k_pages and v_pages `[pages, page_size, kv_heads, head_dim]`,
     contiguous; slots int64 `[tokens]`, `page * page_size + offset`, each within the cache.
     """
-    k_pages.view(-1, *k.shape[1:]).index_copy_(0, slots, k.to(k_pages.dtype))
-    v_pages.view(-1, *v.shape[1:]).index_copy_(0, slots, v.to(v_pages.dtype))
+    k_pages.flatten(0, 1).index_copy_(0, slots, k.to(k_pages.dtype))
+    v_pages.flatten(0, 1).index_copy_(0, slots, v.to(v_pages.dtype))
