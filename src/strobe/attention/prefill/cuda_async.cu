@@ -53,6 +53,12 @@ struct Params {
   float softcap_scale;                               // scale / softcap
 };
 
+#if PAGE_SIZE
+using KeyRows = PagedRows<scalar_t, PAGE_SIZE>;
+#else
+using KeyRows = StridedRows<scalar_t>;
+#endif
+
 // The tile that a block works on: `rows` (token, head of the group) pairs of one sequence and key head,
 // Q_TILE of them from `first_row` on. It is the same for all threads and stands in shared memory, because
 // the main loop has no registers to spare.
@@ -62,6 +68,7 @@ struct Block {
   Mask mask;
   KeyTiles tiles;
   int batch, kv_head, q_start, rows, first_row;
+  int load_end;  // keys from here on are not needed
 
   __device__ __forceinline__ void find(const Params& p) {
     const auto [sequence, q_tile] = TileOrder{p.q_tiles, p.sequences, p.section}.at(blockIdx.x);
@@ -73,17 +80,18 @@ struct Block {
     rows = q_len * GROUP, first_row = q_tile * Q_TILE;
     mask = {kv_len, kv_len - q_len, p.left, p.right};
     tiles = KeyTiles::of<K_TILE>(mask, first_row / GROUP, (min(first_row + Q_TILE, rows) - 1) / GROUP);
+    load_end = min(kv_len, tiles.end * K_TILE);
     q = p.q + p.q_strides.head_at(batch, q_start, kv_head * GROUP);
     k = p.k + p.k_strides.head_at(PAGE_SIZE ? 0 : batch, kv_start, kv_head);
     v = p.v + p.v_strides.head_at(PAGE_SIZE ? 0 : batch, kv_start, kv_head);
     pages = p.page_table + i64(batch) * p.pages_per_row;
   }
 
-  __device__ __forceinline__ auto key_rows(const scalar_t* first, const Strides& strides) const {
+  __device__ __forceinline__ KeyRows key_rows(const scalar_t* first, const Strides& strides) const {
 #if PAGE_SIZE
-    return PagedRows<scalar_t, PAGE_SIZE>{first, strides.batch, strides.row, pages};
+    return {first, strides.batch, strides.row, pages};
 #else
-    return StridedRows<scalar_t>{first, strides.row};
+    return {first, strides.row};
 #endif
   }
 };
@@ -92,7 +100,7 @@ struct Block {
 struct Warp {
   u32 q_lane, k_lane, v_lane;  // ldmatrix addresses: the warp's first rows of Q, of a K and of a V tile at 0
 #if Q_IN_REGISTERS
-  u32 q[M_TILES][D_STEPS][4];
+  u32 q[D_STEPS][M_TILES][4];
 #endif
   float out[M_TILES][2 * D_STEPS][4];
   Softmax softmax;
@@ -110,50 +118,62 @@ struct Warp {
         for (int i = 0; i < 4; ++i) out[m][d][i] = 0.0f;
   }
 
-  __device__ __forceinline__ void load_queries(int d, u32 (&a)[M_TILES][4]) const {
+  __device__ __forceinline__ void read_queries(int d, u32 (&a)[M_TILES][4]) const {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) load_matrices(a[m], Tile::advance(q_lane, d) + m * 16 * Tile::ROW_BYTES);
   }
 
+#if Q_IN_REGISTERS
   __device__ __forceinline__ void keep_queries() {
+#pragma unroll
+    for (int d = 0; d < D_STEPS; ++d) read_queries(d, q[d]);
+  }
+#endif
+
+  // The A operands of mma step `d`.
+  __device__ __forceinline__ void queries(int d, u32 (&a)[M_TILES][4]) const {
 #if Q_IN_REGISTERS
 #pragma unroll
-    for (int d = 0; d < D_STEPS; ++d)
+    for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-      for (int m = 0; m < M_TILES; ++m) load_matrices(q[m][d], Tile::advance(q_lane, d) + m * 16 * Tile::ROW_BYTES);
+      for (int i = 0; i < 4; ++i) a[m][i] = q[d][m][i];
+#else
+    read_queries(d, a);
 #endif
   }
 
-  // scores = Q Kᵀ over the tile of keys at `keys`
-  __device__ __forceinline__ void score(u32 keys, Scores& scores) const {
+  // scores = Q Kᵀ over the tile of keys at `keys`. `beside(part, parts)` is work to be done between the products.
+  template <typename Beside>
+  __device__ __forceinline__ void score(u32 keys, Scores& scores, const Beside& beside) const {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
       for (int n = 0; n < 2 * K_STEPS; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
-#pragma unroll
-    for (int d = 0; d < D_STEPS; ++d) {
-#if !Q_IN_REGISTERS
-      u32 a[M_TILES][4];
-      load_queries(d, a);
+#if Q_IN_REGISTERS  // 32 keys at a time, so that the maxima of the first are taken beside the products of the next
+    constexpr int N_STEP = K_STEPS % 2 ? K_STEPS : 2;
+#else  // all keys at once, so that each query is read once
+    constexpr int N_STEP = K_STEPS;
 #endif
 #pragma unroll
-      for (int n = 0; n < K_STEPS; ++n) {
-        u32 b[4];
-        load_matrices(b, Tile::advance(keys + k_lane, d) + n * 16 * Tile::ROW_BYTES);
+    for (int start = 0; start < K_STEPS; start += N_STEP)
 #pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-#if Q_IN_REGISTERS
-          const u32(&a_m)[4] = q[m][d];
-#else
-          const u32(&a_m)[4] = a[m];
-#endif
-          mma_16x8x16<scalar_t>(scores[m][2 * n], a_m, b[0], b[1]);
-          mma_16x8x16<scalar_t>(scores[m][2 * n + 1], a_m, b[2], b[3]);
+      for (int d = 0; d < D_STEPS; ++d) {
+        u32 a[M_TILES][4];
+        queries(d, a);
+#pragma unroll
+        for (int n = start; n < start + N_STEP; ++n) {
+          u32 b[4];
+          load_matrices(b, Tile::advance(keys + k_lane, d) + n * 16 * Tile::ROW_BYTES);
+#pragma unroll
+          for (int m = 0; m < M_TILES; ++m) {
+            mma_16x8x16<scalar_t>(scores[m][2 * n], a[m], b[0], b[1]);
+            mma_16x8x16<scalar_t>(scores[m][2 * n + 1], a[m], b[2], b[3]);
+          }
         }
+        beside(start / N_STEP * D_STEPS + d, K_STEPS / N_STEP * D_STEPS);
       }
-    }
   }
 
   // out += softmax(scores) V over the tile of values at `values`
@@ -246,6 +266,39 @@ __device__ __forceinline__ void write(const Params& p, const Block& block, Warp&
   }
 }
 
+constexpr int K_BYTES = K_TILE * Tile::ROW_BYTES, STAGE_BYTES = 2 * K_BYTES;
+// Copies issued together share their addresses, and wait once for the page table; spread over the products of
+// a long head_dim they hide under them. Measured on an H200: 4 % for the first at 128, 5 % for the second at 256.
+constexpr bool COPY_AT_ONCE = HEAD_DIM <= 128 || PAGE_SIZE;
+
+// The copy of one tile of keys and values into a stage.
+struct TileCopy {
+  KeyRows keys, values;
+  int key, end;
+  u32 stage;
+
+  __device__ __forceinline__ TileCopy(const Params& p, const Block& block, int tile, u32 stage)
+      : keys(block.key_rows(block.k, p.k_strides)),
+        values(block.key_rows(block.v, p.v_strides)),
+        key(tile * K_TILE),
+        end(block.load_end),
+        stage(stage) {}
+
+  // Start part `part` of `parts`. Rows past the end become zeros, so that no NaN that stands there meets
+  // a weight of 0.
+  __device__ __forceinline__ void part(int part, int parts) const {
+    constexpr int PASSES = Tile::PASSES<K_TILE, THREADS>;
+#pragma unroll
+    for (int pass = PASSES * part / parts; pass < PASSES * (part + 1) / parts; ++pass)
+      Tile::visit<K_TILE, THREADS>(pass, [&](int row, int chunk) {
+        const bool valid = key + row < end;
+        const u32 to = stage + Tile::offset(row, chunk);
+        copy_async_16(to, keys.at(key + row, valid) + chunk * 8, valid);
+        copy_async_16(to + K_BYTES, values.at(key + row, valid) + chunk * 8, valid);
+      });
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) unsigned char shared[];  // Q, then STAGES pairs of a K and a V tile, used in turn
   __shared__ Block block;
@@ -253,23 +306,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   __syncthreads();
   if (block.first_row >= block.rows) return;
 
-  constexpr int K_BYTES = K_TILE * Tile::ROW_BYTES;
-  const u32 q_shared = shared_address(shared);
-  auto stage_of = [&](int tile) {
-    return q_shared + Q_TILE * Tile::ROW_BYTES + (tile - block.tiles.begin) % STAGES * (2 * K_BYTES);
-  };
-  auto load = [&](int tile) {
-    if (tile < block.tiles.end) {
-      const auto keys = block.key_rows(block.k, p.k_strides), values = block.key_rows(block.v, p.v_strides);
-      Tile::load<K_TILE, THREADS>(stage_of(tile), keys, tile * K_TILE, block.mask.kv_len);
-      Tile::load<K_TILE, THREADS>(stage_of(tile) + K_BYTES, values, tile * K_TILE, block.mask.kv_len);
-    }
-    commit_copies();
-  };
+  const u32 q_shared = shared_address(shared), stages = q_shared + Q_TILE * Tile::ROW_BYTES;
   const GroupedRows<scalar_t, GROUP> queries{block.q, p.q_strides.row, p.q_strides.head};
-  Tile::load<Q_TILE, THREADS>(q_shared, queries, block.first_row, block.rows);
 #pragma unroll
-  for (int ahead = 0; ahead < STAGES - 1; ++ahead) load(block.tiles.begin + ahead);
+  for (int pass = 0; pass < Tile::PASSES<Q_TILE, THREADS>; ++pass)
+    Tile::visit<Q_TILE, THREADS>(pass, [&](int row, int chunk) {
+      const bool valid = block.first_row + row < block.rows;
+      copy_async_16(q_shared + Tile::offset(row, chunk), queries.at(block.first_row + row, valid) + chunk * 8, valid);
+    });
+#pragma unroll
+  for (int ahead = 0; ahead < STAGES - 1; ++ahead) {
+    TileCopy(p, block, block.tiles.begin + ahead, stages + ahead * STAGE_BYTES).part(0, 1);
+    commit_copies();
+  }
 
   const int warp_first = threadIdx.x / 32 * WARP_ROWS;
   Warp warp(q_shared + warp_first * Tile::ROW_BYTES);
@@ -279,21 +328,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
   warp.keep_queries();
 #endif
 
-  int tile = block.tiles.begin;
+  int done = 0;  // tiles
   auto walk = [&](int KeyTiles::*until, auto masked) {
-    for (; tile < block.tiles.*until; ++tile) {
+    for (; done < block.tiles.*until - block.tiles.begin; ++done) {
       wait_copies<STAGES - 2>();
       __syncthreads();  // the tile is here, and every warp is done with the stage that is loaded next
-      load(tile + STAGES - 1);
-      const int row = block.first_row + warp_first, last_row = min(row + WARP_ROWS, block.rows) - 1;
-      if (row > last_row) continue;
-      const int key = tile * K_TILE;
-      if (masked && (key >= block.mask.end(last_row / GROUP) || key + K_TILE <= block.mask.first(row / GROUP))) continue;
+      const int tile = block.tiles.begin + done;
+      const u32 stage = stages + done % STAGES * STAGE_BYTES;
+      const TileCopy next(p, block, tile + STAGES - 1, stages + (done + STAGES - 1) % STAGES * STAGE_BYTES);
+      const int key = tile * K_TILE, row = block.first_row + warp_first, last_row = min(row + WARP_ROWS, block.rows) - 1;
+      if (row > last_row || (masked && (key >= block.mask.end(last_row / GROUP) || key + K_TILE <= block.mask.first(row / GROUP)))) {
+        next.part(0, 1);
+        commit_copies();
+        continue;
+      }
       Scores scores;
-      warp.score(stage_of(tile), scores);
+      warp.score(stage, scores, [&](int part, int parts) {
+        if (COPY_AT_ONCE && part == 0) next.part(0, 1);
+        if (!COPY_AT_ONCE) next.part(part, parts);
+      });
+      commit_copies();
       if (SOFTCAP) cap_scores(scores, p.softcap_scale);
       if (masked) mask_scores(scores, block.mask, row, key);
-      warp.accumulate(stage_of(tile) + K_BYTES, scores, p.scale_log2);
+      warp.accumulate(stage + K_BYTES, scores, p.scale_log2);
     }
   };
   struct Yes { __device__ constexpr operator bool() const { return true; } };

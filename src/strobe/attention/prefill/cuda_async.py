@@ -50,7 +50,7 @@ class Tile:
 TILES = {
     64: (Tile(128, 64, 4, 2, q_in_registers=True),),
     96: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 1)),
-    112: (Tile(128, 48, 4, 2), Tile(128, 48, 8, 1)),
+    112: (Tile(128, 32, 4, 2), Tile(128, 48, 8, 1)),
     128: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 64, 8, 1, q_in_registers=True)),
     256: (Tile(128, 64, 8, 1), Tile(64, 32, 4, 1)),
 }
@@ -220,7 +220,7 @@ def _params(
         kv_heads=problem.kv_heads,
         q_tiles=-(-problem.q_len * problem.group // tile.q),
         sequences=sequences,
-        section=min(sequences, max(1, _l2_bytes(q.get_device()) // 2 // sequence_bytes)),
+        section=min(sequences, max(1, _l2_bytes(q.get_device()) // 4 // sequence_bytes)),
         left=left,
         right=right,
         scale_log2=(problem.softcap or scale) * math.log2(math.e),

@@ -26,21 +26,18 @@ struct SharedTile {
     return (address ^ chunk % SPAN * 16) + chunk / SPAN * SPAN * 16;
   }
 
-  // Start copying rows [first, first + ROWS) of `source`. Rows from `end` on become zeros, so that no NaN
-  // that stands there meets a weight of 0.
-  template <int ROWS, int THREADS, typename Source>
-  static __device__ __forceinline__ void load(u32 tile, const Source& source, int first, int end) {
-    constexpr int PIECES = ROWS * CHUNKS;
-#pragma unroll
-    for (int pass = 0; pass < ceil_div(PIECES, THREADS); ++pass) {
-      // where THREADS is a multiple of CHUNKS, a thread keeps its chunk and every row is a constant step on
-      constexpr bool EVEN = THREADS % CHUNKS == 0;
-      const int piece = threadIdx.x + pass * THREADS;
-      const int row = EVEN ? threadIdx.x / CHUNKS + pass * (THREADS / CHUNKS) : piece / CHUNKS;
-      const int chunk = EVEN ? threadIdx.x % CHUNKS : piece % CHUNKS;
-      const bool valid = first + row < end;
-      if (PIECES % THREADS == 0 || piece < PIECES)
-        copy_async_16(tile + offset(row, chunk), source.at(first + row, valid) + chunk * 8, valid);
-    }
+  // ROWS rows are moved in PASSES passes, in which each of THREADS threads has one piece of 16 bytes.
+  template <int ROWS, int THREADS>
+  static constexpr int PASSES = ceil_div(ROWS * CHUNKS, THREADS);
+
+  // Call `piece(row, chunk)` for this thread's piece in `pass`.
+  template <int ROWS, int THREADS, typename Piece>
+  static __device__ __forceinline__ void visit(int pass, const Piece& piece) {
+    const int i = threadIdx.x + pass * THREADS;
+    if (ROWS * CHUNKS % THREADS != 0 && i >= ROWS * CHUNKS) return;
+    if (THREADS % CHUNKS == 0)  // a thread keeps its chunk, and its rows are a constant step apart
+      piece(threadIdx.x / CHUNKS + pass * (THREADS / CHUNKS), threadIdx.x % CHUNKS);
+    else
+      piece(i / CHUNKS, i % CHUNKS);
   }
 };
