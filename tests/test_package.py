@@ -36,6 +36,11 @@ def test_import_brings_nothing_heavy(statement: str) -> None:
     assert not HEAVY & set(run(code).split())
 
 
+def test_command_line_brings_no_torch_before_it_is_needed() -> None:
+    code = "import sys, strobe.cli.main; print(*{name.split('.')[0] for name in sys.modules})"
+    assert not (HEAVY - {"typer", "rich"}) & set(run(code).split())
+
+
 @pytest.mark.parametrize("name", strobe.__all__)
 def test_public_name_resolves(name: str) -> None:
     assert getattr(strobe, name) is not None
