@@ -11,7 +11,7 @@ else
   READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test check format gpu-test bench wheel clean
+.PHONY: help demo test check format gpu-test bench results wheel clean
 
 help:
 	@echo "make demo      write text with the bundled model"
@@ -20,6 +20,7 @@ help:
 	@echo "make format    rewrite the sources as 'make check' wants them"
 	@echo "make gpu-test  run the tests that need an NVIDIA GPU"
 	@echo "make bench     measure this machine: latency and throughput beside transformers"
+	@echo "make results   make the tables of README.md and docs/ from benchmarks/results"
 	@echo "make wheel     build the wheel into dist/"
 	@echo "make clean     remove $(VENV) and caches"
 
@@ -38,6 +39,7 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m strobe.bench.document --check
 	$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 
 format: $(READY)
@@ -50,6 +52,9 @@ gpu-test: $(READY)
 bench: $(READY)
 	$(RUN) -m strobe bench latency --vs transformers
 	$(RUN) -m strobe bench throughput --vs transformers
+
+results: $(READY)
+	$(RUN) -m strobe.bench.document
 
 wheel: $(READY)
 	$(RUN) -m build --wheel

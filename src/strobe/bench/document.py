@@ -1,0 +1,147 @@
+"""Keeps the tables of README.md and docs/ equal to the committed results.
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`; NAME is `machine/table`, as in
+`h200/prefill`. `python -m strobe.bench.document` rewrites them all, `--check` says which are stale.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from strobe.attention import ladder
+from strobe.bench import tables
+from strobe.bench.results import Result, Row
+from strobe.errors import StrobeError, UnknownNameError
+
+RESULTS = Path("benchmarks/results")
+_BLOCK = re.compile(r"(<!-- results: (?P<name>[\w/-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def documents(root: Path) -> list[Path]:
+    """The files that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def render(text: str, root: Path) -> str:
+    """The document with every table made anew. Raises StrobeError where a result file is missing."""
+
+    def fresh(block: re.Match[str]) -> str:
+        machine, _, name = block["name"].partition("/")
+        if name not in TABLES:
+            raise UnknownNameError.among("table", name, TABLES)
+        bench, make = TABLES[name]
+        path = root / RESULTS / machine / f"{bench}.json"
+        if not path.is_file():
+            raise StrobeError(f"table {block['name']} needs {path}, which is not there")
+        result = Result.load(path)
+        return f"{block[1]}\n{make(result)}\n{_origin(result)}\n\n{block[3]}"
+
+    return _BLOCK.sub(fresh, text)
+
+
+def _origin(result: Result) -> str:
+    device = result.machine.get("gpu") or result.machine.get("cpu", "")
+    torch = result.versions.get("torch", "")
+    return f"*{device}, torch {torch}, strobe {result.commit}, {result.when[:10]}.*"
+
+
+def _prefill(result: Result) -> str:
+    return (
+        "TFLOP/s, forward, "
+        + _dtype(result)
+        + ":\n\n"
+        + tables.by_provider(_peered(result.rows), tables.speed("tflops"), best="tflops")
+    )
+
+
+def _decode(result: Result) -> str:
+    def cell(row: Row) -> str:
+        return f"{row['ms'] * 1e3:.4g}" if row["checked"] else "WRONG"
+
+    fastest = [{**row, "speed": 1 / row["ms"]} if "ms" in row else row for row in _peered(result.rows)]
+    return (
+        "Microseconds a call, " + _dtype(result) + ":\n\n" + tables.by_provider(fastest, cell, best="speed")
+    )
+
+
+def _ladder(result: Result) -> str:
+    roof = result.machine["ceilings"]["matmul_tflops"]
+    parts = []
+    for case in _first_cases(result.rows, 2):
+        rows = {row["provider"]: row for row in result.rows if tables.case_name(row["case"]) == case}
+        lines, before = [], None
+        for rung in ladder.PREFILL:
+            row = rows.get(f"strobe:{rung.name}")
+            if row is None or "ms" not in row:
+                continue
+            over = "" if before is None else f"{before / row['ms']:.2f}"
+            share = f"{row['tflops'] / roof:.1%}"
+            cells = [f"{row['ms']:.4g}", f"{row['tflops']:.4g}", share, tables.memory(row), over]
+            lines.append([f"`{rung.name}`", rung.idea, *cells])
+            before = row["ms"]
+        head = ["rung", "idea", "ms", "TFLOP/s", "of the matmul ceiling", "extra MiB", "times the one before"]
+        parts.append(f"{case[0].upper()}{case[1:]}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}")
+    return "\n".join(parts)
+
+
+def _standard(result: Result) -> str:
+    time = tables.by_provider(result.rows, tables.speed("ms"))
+    memory = tables.by_provider(result.rows, tables.memory)
+    return f"Milliseconds, {_dtype(result)}:\n\n{time}\nExtra memory, MiB:\n\n{memory}"
+
+
+def _memory(result: Result) -> str:
+    return "MiB beyond inputs and output:\n\n" + tables.by_provider(result.rows, tables.memory)
+
+
+def _dtype(result: Result) -> str:
+    return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
+
+
+def _first_cases(rows: list[Row], count: int) -> list[str]:
+    return list(dict.fromkeys(tables.case_name(row["case"]) for row in rows))[:count]
+
+
+def _peered(rows: list[Row]) -> list[Row]:
+    """Peers, and strobe's kernels that are measured against them: the production rungs."""
+    production = ("cuda_hopper", "cuda_async", "triton_fused", "cuda_paged")
+    return [
+        row
+        for row in rows
+        if not row["provider"].startswith("strobe:") or row["provider"].removeprefix("strobe:") in production
+    ]
+
+
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "prefill": ("prefill", _prefill),
+    "decode": ("decode", _decode),
+    "ladder": ("ladder", _ladder),
+    "standard": ("ladder", _standard),
+    "memory": ("memory", _memory),
+}
+"""By name: the result file, and what is made of it."""
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite the tables below the current folder, or with `--check` name the stale files and return 1."""
+    root, stale = Path.cwd(), []
+    for path in documents(root):
+        text = path.read_text(encoding="utf-8")
+        fresh = render(text, root)
+        if fresh == text:
+            continue
+        stale.append(path.relative_to(root))
+        if "--check" not in arguments:
+            path.write_text(fresh, encoding="utf-8")
+    for path in stale:
+        sys.stderr.write(
+            f"{path}: tables {'are stale: make results' if '--check' in arguments else 'made'}\n"
+        )
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
