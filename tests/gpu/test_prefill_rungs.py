@@ -129,6 +129,21 @@ def test_same_inputs_give_the_same_bits(rung: Rung) -> None:
         assert torch.equal(lse, first_lse)
 
 
+@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung.name != "cuda_split"], ids=str)
+def test_memory_grows_no_faster_than_the_length(rung: Rung) -> None:
+    """What a fused rung takes beyond inputs and outputs; the score matrix would grow by 16."""
+    extra = []
+    for length in (2048, 8192):
+        inputs = first_accepted(rung, Case("long", ((length, length),), 4, 4, 64, causal=True))
+        problem, out = inputs.problem, torch.empty_like(inputs.q)
+        rung.run(problem, inputs.q, inputs.k, inputs.v, out, None)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        rung.run(problem, inputs.q, inputs.k, inputs.v, out, None)
+        extra.append(torch.cuda.max_memory_allocated() - before)
+    assert extra[1] <= 4 * extra[0] + 4096
+
+
 @rungs
 def test_lse_is_optional(rung: Rung) -> None:
     inputs = first_accepted(rung, PLAIN)

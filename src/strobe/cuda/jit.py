@@ -84,8 +84,7 @@ def compile(source: Path, defines: Mapping[str, Define], arch: str) -> Cubin:
         found = nvrtc.build(program)
         disk.save(key, found)
         _log.info("compiled %s for %s in %.1f s", program.name, arch, time.perf_counter() - start)
-    _in_memory[key] = found
-    return found
+    return _in_memory.setdefault(key, found)  # one object a key, also where two threads compiled it
 
 
 def kernel(

@@ -5,7 +5,7 @@
 // before the first is used, in enough warps. x is small, and comes from cache.
 #include "reduce.cuh"
 
-constexpr int WARPS = 4, UNROLL = 4;
+constexpr int UNROLL = 4;
 constexpr int STEP = 32 * VEC<scalar_t>;  // elements of a row that a warp takes at a time
 
 // Read once: does not stay in L1, where x should.

@@ -21,7 +21,7 @@ _HEAD_DIM_MAX = 128  # a thread holds its whole output row in registers
 class Tile:
     """A block's queries, one a thread, and the keys it takes at a time."""
 
-    q: int = 64
+    q: int = 128
     k: int = 16
 
 
