@@ -58,13 +58,15 @@ PREFILL = tuple(
         "cuda_tensor_core",
         "cuda_dim_tiled",
         "cuda_split_kv",
+        "cuda_async",
+        "triton_fused",
     )
 )
 DECODE = tuple(Rung("decode", name) for name in ("torch_grouped",))
 
 FASTEST_FIRST = {
-    "prefill": ("prefill/torch_sdpa", "prefill/torch_naive"),
-    "decode": ("decode/torch_grouped", "prefill/torch_sdpa", "prefill/torch_naive"),
+    "prefill": ("prefill/cuda_async", "prefill/torch_sdpa", "prefill/torch_naive"),
+    "decode": ("prefill/cuda_async", "decode/torch_grouped", "prefill/torch_sdpa", "prefill/torch_naive"),
 }
 """What `kernel="auto"` tries, by the problem's phase. The order is measured: docs/ladder.md."""
 

@@ -49,7 +49,7 @@ class Tile:
 
 TILES = {
     64: (Tile(128, 64, 4, 2, q_in_registers=True),),
-    96: (Tile(128, 64, 4, 2), Tile(128, 64, 8, 1)),
+    96: (Tile(128, 48, 4, 2), Tile(128, 64, 8, 1)),
     112: (Tile(128, 32, 4, 2), Tile(128, 48, 8, 1)),
     128: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 64, 8, 1, q_in_registers=True)),
     256: (Tile(128, 64, 8, 1), Tile(64, 32, 4, 1)),
@@ -105,6 +105,10 @@ def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
         reasons.append(f"tile q={tile.q}; supported: multiples of 16 for each of its {tile.warps} warps")
     elif tile.k % 16 or tile.k < 1:
         reasons.append(f"tile k={tile.k}; supported: multiples of 16")
+    elif tile.stages < 2 or tile.blocks_per_sm < 1:
+        reasons.append(
+            f"tile stages={tile.stages}, blocks_per_sm={tile.blocks_per_sm}; supported: from 2, from 1"
+        )
     elif (taken := tile.accumulators(problem.head_dim)) > 192:
         reasons.append(f"its accumulators take {taken} registers a thread; supported: up to 192")
     footprint = dense.Footprint(32 * tile.warps, tile.shared_bytes(problem.head_dim) + _STATIC_BYTES)
@@ -175,13 +179,17 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
 
 
 def sources(arch: str) -> list[jit.Source]:
-    """Self-attention, causal and not, at each size of TILES, in both dtypes."""
+    """Each size of tiles, each dtype and each policy once."""
     number = int("".join(digit for digit in arch if digit.isdigit()))
+    pages = Paged(page_table=None, seq_lens=None, cu_seqlens_q=())
     problems = [
-        AttentionProblem(1, 1, 1, 1, 1, head_dim, dtype=dtype, causal=causal)
-        for head_dim in TILES
-        for dtype in ("float16", "bfloat16")
-        for causal in (False, True)
+        AttentionProblem(1, 1, 1, 1, 1, 64, causal=True),
+        AttentionProblem(1, 1, 1, 1, 1, 128),
+        AttentionProblem(1, 1, 1, 1, 1, 128, dtype="float16", causal=True),
+        AttentionProblem(1, 1, 1, 1, 1, 256, causal=True),
+        AttentionProblem(1, 1, 1, 4, 1, 64, causal=True, layout=pages, page_size=16),
+        AttentionProblem(1, 1, 1, 4, 1, 128, causal=True, layout=pages, page_size=16),
+        AttentionProblem(1, 1, 1, 2, 1, 96, window=(64, 0), softcap=30.0, sinks=(), layout=Packed((), ())),
     ]
     return [jit.Source(_SOURCE, defines(p, choose_tile(p.head_dim, number))) for p in problems]
 
