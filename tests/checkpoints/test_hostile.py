@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from strobe.checkpoints import load
 from strobe.checkpoints.tokenizer import Tokenizer
-from strobe.errors import CheckpointError, StrobeError, TokenizerError
+from strobe.errors import CheckpointError, DeviceError, StrobeError, TokenizerError
 
 
 def refused(path: Path | str, *names: str, kind: type[StrobeError] = CheckpointError) -> str:
@@ -38,6 +38,8 @@ def refused(path: Path | str, *names: str, kind: type[StrobeError] = CheckpointE
 def test_missing_folder(tmp_path):
     refused(tmp_path / "no-such", "no-such", "no such file or folder")
     refused("no such model", "no such model")
+    refused("x" * 5000, "no such file or folder")
+    refused("a\0b", "no such file or folder")
 
 
 def test_empty_folder(tmp_path):
@@ -56,6 +58,20 @@ def test_the_hub_s_refusal_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     refused("some-one/some-model", "some-one/some-model", "cannot reach the hub")
+
+
+def test_weights_that_do_not_fit(folder, monkeypatch):
+    from strobe.models import network
+
+    allocate = network.allocate
+
+    def full(config, *, device, dtype):
+        if str(device) != "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return allocate(config, device=device, dtype=dtype)
+
+    monkeypatch.setattr(network, "allocate", full)
+    refused(folder, "no room for weights of 0.0 GiB in torch.float32", kind=DeviceError)
 
 
 def test_unknown_dtype(folder):
@@ -365,6 +381,13 @@ def test_llama2c_version_and_group(tmp_path, formats, at, value, says):
 
 # --- tokenizers -------------------------------------------------------------------------------------
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+UNDEFINED = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
 VOCABULARY = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
 
 
@@ -381,6 +404,7 @@ VOCABULARY = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b
         json.dumps({"model": {"type": "Magic"}}),
         json.dumps({"version": "1.0", "model": VOCABULARY, "decoder": {"type": "WordPiece"}}),
         json.dumps({"version": "1.0", "model": VOCABULARY, "decoder": None}),
+        json.dumps({"version": "1.0", "model": VOCABULARY, "decoder": BYTES, "post_processor": UNDEFINED}),
     ],
 )
 def test_broken_tokenizer_json(folder, text):

@@ -213,6 +213,7 @@ def test_llama3_special_tokens(tiktoken_pair):
     assert names[6:10] == ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
     assert names[255] == "<|reserved_special_token_247|>"
     assert ours.encode("<|eot_id|>", add_special=False) == [first + 9]
+    assert ours.stop_ids == (first + 1, first + 9)
     assert ours.decode([first + 9, *ours.encode("my lord", add_special=False)]) == "my lord"
 
 

@@ -16,9 +16,10 @@ from strobe.checkpoints.files import inside, read_json
 from strobe.checkpoints.huggingface_config import generation_defaults, model_config
 from strobe.checkpoints.source import Source
 from strobe.checkpoints.tokenizer import Tokenizer
-from strobe.checkpoints.weights import Places
+from strobe.checkpoints.weights import Places, places
 from strobe.errors import CheckpointError
 from strobe.models.config import ModelConfig
+from strobe.models.network import allocate
 
 HUB_FILES = (
     "config.json",
@@ -137,9 +138,6 @@ def _weight_files(path: Path, config: ModelConfig) -> list[SafetensorsFile]:
 
 def _check_index(path: Path, files: list[SafetensorsFile], config: ModelConfig) -> None:
     """An index's files must between them hold every tensor, each once."""
-    from strobe.checkpoints.weights import places
-    from strobe.models.network import allocate
-
     wanted = places(config, allocate(config, device="meta", dtype=torch.float32))
     found = {name.removeprefix("transformer.") for file in files for name in file.names or ()}
     if missing := [name for name in wanted if name not in found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -41,11 +42,14 @@ def load(
 
     Raises:
         CheckpointError, TokenizerError: what is missing, broken or not supported, by file.
-        DeviceError: the device is not there.
+        DeviceError: the device is not there, or has no room for the weights.
     """
     target = torch.device(devices.resolve(str(device)))
     path = _locate(model)
-    source = _format(path).read(path)
+    try:
+        source = _format(path).read(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     chosen = _dtype(dtype, source.dtype if target.type == "cuda" else torch.float32)
     start = time.perf_counter()
     weights = load_weights(source.config, source.files, device=target, dtype=chosen)
@@ -53,12 +57,12 @@ def load(
     if source.neighbour_pairs and isinstance(weights, LlamaWeights):
         halve_rotation_pairs(source.config, weights)
     config, tokenizer = source.config, source.tokenizer
-    if tokenizer is not None and not config.eos_token_ids and tokenizer.eos_id is not None:
-        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    if tokenizer is not None and not config.eos_token_ids:
+        config = replace(config, eos_token_ids=tokenizer.stop_ids)
     if tokenizer is not None and config.bos_token_id is None:
         config = replace(config, bos_token_id=tokenizer.bos_id)
     return Checkpoint(
-        name=str(model) if isinstance(model, str) and not Path(model).exists() else path.resolve().name,
+        name=model if isinstance(model, str) and hub.is_name(model) else path.resolve().name,
         path=path,
         config=config,
         model=build(config, weights),
@@ -71,8 +75,9 @@ def _locate(model: str | Path | None) -> Path:
     if model is None:
         return BUNDLED
     path = Path(model).expanduser()
-    if path.exists():
-        return path
+    with contextlib.suppress(OSError):  # a name too long, a folder that may not be searched
+        if path.exists():
+            return path
     if isinstance(model, str) and hub.is_name(model):
         return hub.fetch(model)
     raise CheckpointError(

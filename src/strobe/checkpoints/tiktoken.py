@@ -84,7 +84,10 @@ def read(path: Path, vocab_size: int | None) -> Tokenizer:
     backend.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, len(ranks))]
     )
-    return Tokenizer(backend, special={"bos_token": bos, "eos_token": special[1]}, path=path)
+    roles = {"bos_token": bos, "eos_token": special[1]}
+    if (turn_ends := "<|eot_id|>") in special:
+        roles["eot_token"] = turn_ends
+    return Tokenizer(backend, special=roles, path=path)
 
 
 def _ranks(path: Path) -> list[bytes]:

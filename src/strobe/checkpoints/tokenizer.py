@@ -58,7 +58,8 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        kinds = self._decoder_kinds()
+        parts = _parts(backend.decoder) or _parts(backend.pre_tokenizer)
+        kinds = {str(part["type"]) for part in parts}
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and not kinds & {"ByteFallback", "Metaspace"}:
             raise TokenizerError(
@@ -66,9 +67,7 @@ class Tokenizer:
                 "supported: ByteLevel, ByteFallback, Metaspace"
             )
         self._prefix_space = prefix_space
-        self._strips_space = prefix_space or (
-            not self._byte_level and "Strip" in kinds | self._metaspace_strip(kinds)
-        )
+        self._strips_space = prefix_space or any(map(_strips_space, parts))
         self._special_texts = tuple(self._added[token].content for token in self._special_ids)
 
     @classmethod
@@ -85,6 +84,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text.decode())
         except Exception as error:  # the library raises bare Exception for all that it dislikes
             raise TokenizerError(f"{path} is not a tokenizer: {error}") from error
+        for part in _parts(backend.post_processor):
+            if part["type"] == "TemplateProcessing" and (unknown := _undefined(part)):
+                # the library would panic with the first text
+                raise TokenizerError(f"{path}: its post_processor adds {unknown!r}, which it does not define")
         return cls.with_settings(backend, path, settings, template_path)
 
     @classmethod
@@ -123,6 +126,12 @@ class Tokenizer:
     @cached_property
     def eos_id(self) -> int | None:
         return self._id("eos_token")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text, or a turn of a conversation."""
+        found = (self._id("eos_token"), self._id("eot_token"))
+        return tuple(token for token in found if token is not None)
 
     def _id(self, role: str) -> int | None:
         token = self.special.get(role)
@@ -200,25 +209,31 @@ class Tokenizer:
         given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
         return self.chat_template.render(messages, {**self.special, **given})
 
-    def _decoder_kinds(self) -> set[str]:
-        """Every type named in the decoder, those in sequences too."""
-        found: set[str] = set()
-        stack = [_state(self._backend.decoder) or _state(self._backend.pre_tokenizer)]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, dict):
-                found.add(str(item.get("type")))
-                stack.extend(item.values())
-            elif isinstance(item, list):
-                stack.extend(item)
-        return found - {"None", "Sequence"}
 
-    def _metaspace_strip(self, kinds: set[str]) -> set[str]:
-        """{"Strip"} where a Metaspace decoder takes the first space off."""
-        state = _state(self._backend.decoder) if "Metaspace" in kinds else None
-        return {"Strip"} if state and state.get("prepend_scheme", "always") != "never" else set()
+def _parts(part: Any) -> list[dict[str, Any]]:
+    """The JSON of a decoder, pre-tokenizer or post-processor; of its members, where it is a sequence."""
+    if part is None:
+        return []
+    stack, found = [json.loads(part.__getstate__())], []
+    while stack:
+        item = stack.pop()
+        if item["type"] == "Sequence":
+            stack.extend(members for value in item.values() if isinstance(value, list) for members in value)
+        else:
+            found.append(item)
+    return found
 
 
-def _state(part: Any) -> dict[str, Any] | None:
-    """The JSON of one part of a tokenizer."""
-    return None if part is None else json.loads(part.__getstate__())
+def _strips_space(decoder: Mapping[str, Any]) -> bool:
+    """True for a decoder that takes the space before the first word off."""
+    if decoder["type"] == "Metaspace":
+        return decoder.get("prepend_scheme") != "never"
+    return decoder["type"] == "Strip" and decoder["start"] > 0
+
+
+def _undefined(template: Mapping[str, Any]) -> str | None:
+    """A special token that a TemplateProcessing names and does not define."""
+    pieces = [*template["single"], *template["pair"]]
+    named = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    defined = {name for name, token in template["special_tokens"].items() if token["id"] == name}
+    return next((name for name in named if name not in defined), None)

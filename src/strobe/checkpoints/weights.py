@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from strobe.errors import CheckpointError
+from strobe.errors import CheckpointError, DeviceError
 from strobe.models import network
 from strobe.models.config import ModelConfig
 from strobe.models.gpt2 import Affine, GPT2Weights
@@ -53,11 +53,12 @@ def load_weights(
 
     Raises:
         CheckpointError: a tensor is missing, not expected, of a wrong shape or no floating-point number.
+        DeviceError: the device has no room for them.
     """
     sketch = places(config, network.allocate(config, device="meta", dtype=dtype))
     for file in files:
         _compare(file, file.views(sketch))
-    weights = network.allocate(config, device=device, dtype=dtype)
+    weights = _allocate(config, device, dtype)
     ours = places(config, weights)
     for file in files:
         views = file.views(ours)
@@ -66,6 +67,15 @@ def load_weights(
                 raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: floating point")
             _copy(views[name], tensor)
     return weights
+
+
+def _allocate(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> network.Weights:
+    try:
+        return network.allocate(config, device=device, dtype=dtype)
+    except RuntimeError as error:  # torch's own out-of-memory errors, on a GPU and on a CPU
+        sketch = network.tensors(network.allocate(config, device="meta", dtype=dtype))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in sketch)
+        raise DeviceError(f"{device} has no room for weights of {size / 2**30:.1f} GiB in {dtype}") from error
 
 
 def _compare(file: WeightFile, views: Places) -> None:
