@@ -6,7 +6,8 @@
 
 // grid (outputs / 32, tokens / 8), block (32, 8)
 extern "C" __global__ void __launch_bounds__(256)
-multiply(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out, int tokens, int inputs, int outputs) {
+multiply(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out, int tokens, int inputs,
+         int outputs) {
   const int o = blockIdx.x * blockDim.x + threadIdx.x, t = blockIdx.y * blockDim.y + threadIdx.y;
   if (t >= tokens || o >= outputs) return;
   float sum = bias ? to_float(bias[o]) : 0.f;

@@ -21,7 +21,8 @@ __device__ __forceinline__ void load_turned(float (&tile)[DEPTH][PITCH], const s
 
 // grid (outputs / TILE, tokens / TILE), block THREADS
 extern "C" __global__ void __launch_bounds__(THREADS)
-multiply(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out, int tokens, int inputs, int outputs) {
+multiply(const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* out, int tokens, int inputs,
+         int outputs) {
   __shared__ alignas(16) float x_tile[DEPTH][PITCH], weight_tile[DEPTH][PITCH];
   const int first_o = blockIdx.x * TILE, first_t = blockIdx.y * TILE;
   const int column = threadIdx.x % (TILE / SIDE) * SIDE, row = threadIdx.x / (TILE / SIDE) * SIDE;

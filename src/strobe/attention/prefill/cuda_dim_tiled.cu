@@ -110,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 #pragma unroll
       for (int key = 0; key < K_TILE; key += 16) {
         u32 w[4];
-        load_matrices(w, shared_address(weights + 16 * down * WeightTile::PITCH + key + down_then_along(WeightTile::PITCH)));
+        const scalar_t* corner = weights + 16 * down * WeightTile::PITCH + key;
+        load_matrices(w, shared_address(corner + down_then_along(WeightTile::PITCH)));
         multiply_columns<scalar_t>(out[tile], w, v_tile + key * VTile::PITCH + across * COLUMNS, VTile::PITCH);
       }
     }

@@ -20,7 +20,8 @@ __device__ __forceinline__ const float4& four(const float* p) { return *reinterp
 
 // Rows [first, first + COUNT) of `rows` times `scale` as float32; zeros past the last one.
 template <int COUNT, int PITCH>
-__device__ __forceinline__ void load_tile(float* tile, const scalar_t* rows, i64 stride, int first, int end, float scale) {
+__device__ __forceinline__ void load_tile(float* tile, const scalar_t* rows, i64 stride, int first, int end,
+                                          float scale) {
   constexpr int CHUNKS = HEAD_DIM / VEC<scalar_t>;
   for (int at = threadIdx.x; at < COUNT * CHUNKS; at += THREADS) {
     const int row = at / CHUNKS, d = at % CHUNKS * VEC<scalar_t>;
