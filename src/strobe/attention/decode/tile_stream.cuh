@@ -1,0 +1,122 @@
+// One warp's stream of key and value tiles out of a paged cache.
+//
+// The block's share of the work list is dealt to its warps: warp w takes head w % HEADS of every
+// (WARPS / HEADS)th tile. Each warp feeds itself: its own ring of STAGES tiles in shared memory, its own
+// barriers, copies started by its own lanes, so that warps never wait for one another and the memory
+// sees WARPS * STAGES tiles in flight from each SM.
+//
+// A tile comes in runs: keys that stand in one page, one bulk copy for K and one for V each. Lane i looks
+// up the i-th run ahead (row, page number, offset), so a page table entry is fetched once and its latency
+// is paid once for 32 runs.
+//
+// In shared memory a run is [RUN][ROW_BYTES], each SPAN_BYTES of a row swizzled by the copy engine.
+//
+// Defines: HEAD_DIM, PAGE_SIZE, KEYS (a tile), HEADS, WARPS, STAGES; kv_t is the cache's element.
+#pragma once
+
+#include "tma.cuh"
+#include "work_list.cuh"
+
+__host__ __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
+
+struct TileShape {
+  static constexpr int ROW_BYTES = HEAD_DIM * sizeof(kv_t);
+  static constexpr int SPAN_BYTES = ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : ROW_BYTES % 32 == 0 ? 32 : 16;
+  static constexpr int RUN = gcd(PAGE_SIZE, KEYS);
+  static constexpr int RUNS = KEYS / RUN;
+  static constexpr int RUN_BYTES = RUN * ROW_BYTES;                  // what a copy brings
+  static constexpr int RUN_PITCH = (RUN_BYTES + 127) / 128 * 128;    // copies start on 128 bytes
+  static constexpr int BYTES = (RUNS * RUN_PITCH + 1023) / 1024 * 1024;  // the swizzle repeats every 1024
+
+  // Where 16 bytes of a key's row stand; `byte` is a multiple of 16.
+  static __device__ __forceinline__ u32 address(u32 tile, int key, int byte) {
+    const u32 offset = key / RUN * RUN_PITCH + key % RUN * ROW_BYTES + byte;
+    return tile + (offset ^ (offset >> 3 & (SPAN_BYTES - 16)));
+  }
+};
+
+struct TileStream {
+  using Shape = TileShape;
+  static constexpr int AHEAD = 32 / Shape::RUNS;  // tiles that the lanes look ahead
+  static_assert(Shape::RUNS <= 32 && 32 % Shape::RUNS == 0, "a tile's runs fit in a warp");
+
+  struct Run {
+    int page, token, head;  // page -1: no keys here
+  };
+
+  const WorkList& work;
+  const TensorMap &k_map, &v_map;
+  const int* page_table;
+  int table_stride, row_blocks;
+  u8* ring;       // shared [STAGES][2][Shape::BYTES]: this warp's tiles of K and V
+  Barrier* full;  // shared [STAGES]
+
+  int coming, end;           // the next tile to fetch, and the end of the block's share
+  int front, stage, parity;  // the tile at the front, and where it stands
+  int slot;                  // in `now`, the runs that the lanes have looked up; `next` holds those after them
+  Run now, next;
+
+  // Begin at tile `coming`.
+  __device__ __forceinline__ void start() {
+    front = coming;
+    stage = parity = slot = 0;
+    now = find(coming);
+    const int after = coming + AHEAD * STEP;
+#pragma unroll 1
+    for (int i = 0; i < min(STAGES, AHEAD); ++i) fetch(i);
+    next = find(after);
+#pragma unroll 1
+    for (int i = AHEAD; i < STAGES; ++i) fetch(i);
+  }
+
+  __device__ __forceinline__ u32 keys() const { return shared_address(ring) + stage * (2 * Shape::BYTES); }
+  __device__ __forceinline__ u32 values() const { return keys() + Shape::BYTES; }
+  __device__ __forceinline__ int tile() const { return front; }
+  __device__ __forceinline__ void wait() const { full[stage].wait(parity); }
+
+  // Done with the tile at the front: its stage takes the next one to come.
+  __device__ __forceinline__ void advance() {
+    __syncwarp();
+    fetch(stage);
+    front += STEP;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+
+ private:
+  // Start the copies of the next tile to come, if there is one, into stage `into`.
+  __device__ __forceinline__ void fetch(int into) {
+    if (coming >= end) return;
+    const int lane = threadIdx.x % 32;
+    if (slot == AHEAD) {
+      now = next;
+      next = find(coming + AHEAD * STEP);
+      slot = 0;
+    }
+    const bool mine = lane / Shape::RUNS == slot && now.page >= 0;
+    const int runs = __popc(__ballot_sync(~0u, mine));
+    u8* const k_tile = ring + into * (2 * Shape::BYTES) + lane % Shape::RUNS * Shape::RUN_PITCH;
+    if (lane == 0) full[into].arrive_expecting(runs * (2 * Shape::RUN_BYTES));
+    if (mine) {
+      tma_load(k_tile, k_map, full[into], 0, 0, now.token, now.head, now.page);
+      tma_load(k_tile + Shape::BYTES, v_map, full[into], 0, 0, now.token, now.head, now.page);
+    }
+    ++slot;
+    coming += STEP;
+  }
+
+  // This lane's run of the tiles from `first` on.
+  __device__ __forceinline__ Run find(int first) const {
+    const int lane = threadIdx.x % 32, tile = first + lane / Shape::RUNS * STEP;
+    Run run{-1, 0, 0};
+    if (tile < end) {
+      const Segment s = work.segment(tile);
+      const int key = s.first_key + (tile - s.begin) * KEYS + lane % Shape::RUNS * Shape::RUN;
+      if (key < s.kv_len) {
+        run.page = page_table[i64(s.row) * table_stride + key / PAGE_SIZE];
+        run.token = key % PAGE_SIZE;
+        run.head = (row_blocks == 1 ? s.head : s.head / row_blocks) * HEADS + threadIdx.x / 32 % HEADS;
+      }
+    }
+    return run;
+  }
+};
