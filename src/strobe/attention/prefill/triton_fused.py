@@ -30,6 +30,8 @@ def refusals(problem: AttentionProblem) -> list[str]:
     dtypes = ("float16",) if problem.device == "cpu" else ("float16", "bfloat16")
     if problem.dtype not in dtypes:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(dtypes)}")
+    elif problem.kv_dtype != problem.dtype:
+        reasons.append(f"k and v in {problem.kv_dtype}; supported: q's dtype")
     if problem.head_dim not in _HEAD_DIMS:
         reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, _HEAD_DIMS))}")
     if problem.window not in ((UNLIMITED, UNLIMITED), (UNLIMITED, 0)):
