@@ -83,13 +83,34 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`(out, lse or None)` by the chosen rung; `options` as in `describe`."""
-    problem = describe(q, k, v, **options)
-    rung = ladder.choose(problem, kernel)
+    problem, rung = _plan(q, k, v, kernel, options)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = empty_lse(problem, q) if problem.return_lse else None
     if out.numel():
         rung.run(problem, q, k, v, out, lse)
     return out, lse
+
+
+def _plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: dict[str, Any]
+) -> tuple[AttentionProblem, ladder.Rung]:
+    """The problem, and the rung that runs it.
+
+    The layers of a forward pass share a paged layout and differ in their numbers alone: what was
+    checked and chosen for one is kept in the layout's scratch for the others.
+    """
+    layout = options.get("layout")
+    tensors = type(q) is type(k) is type(v) is torch.Tensor
+    if not tensors or not isinstance(layout, Paged) or options.get("sinks") is not None:
+        problem = describe(q, k, v, **options)
+        return problem, ladder.choose(problem, kernel)
+    kinds = tuple((x.shape, x.dtype, x.device, x.stride()[-1:]) for x in (q, k, v))
+    mask = (options.get("causal"), *options.get("window", ()))
+    key = (kernel, kinds, mask, *(options.get(name) for name in ("scale", "softcap", "bias", "return_lse")))
+    if key not in layout.scratch:
+        problem = describe(q, k, v, **options)
+        layout.scratch[key] = problem, ladder.choose(problem, kernel)
+    return layout.scratch[key]
 
 
 def empty_lse(problem: AttentionProblem, q: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Packed:
     cu_seqlens_kv: Any
     max_q_len: int | None = None
     max_kv_len: int | None = None
-    scratch: dict[str, Any] = field(default_factory=dict, repr=False)
+    scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def host_q(self) -> list[int]:
@@ -60,6 +60,8 @@ class Paged:
     (int32 `[batch + 1]`) packed `[tokens, q_heads, head_dim]`. Page numbers past a row's length are
     never read.
 
+    A float8 cache holds `key / k_scale` and `value / v_scale`: float32 `[kv_heads]`, both or neither.
+
     `scratch` belongs to the rungs: what one derives from the layout (host lengths, gather indices,
     split plans) is kept here under the rung's name, so that all layers of a forward pass share it.
     """
@@ -69,7 +71,7 @@ class Paged:
     cu_seqlens_q: Any = None
     max_q_len: int | None = None
     max_kv_len: int | None = None
-    scratch: dict[str, Any] = field(default_factory=dict, repr=False)
+    scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def host_q(self) -> list[int] | None:
