@@ -85,8 +85,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for all that it dislikes
             raise TokenizerError(f"{path} is not a tokenizer: {error}") from error
         for part in _parts(backend.post_processor):
-            if part["type"] == "TemplateProcessing" and (unknown := _undefined(part)):
-                # the library would panic with the first text
+            unknown = _undefined(part) if part["type"] == "TemplateProcessing" else None
+            if unknown is not None:  # the library would panic with the first text
                 raise TokenizerError(f"{path}: its post_processor adds {unknown!r}, which it does not define")
         return cls.with_settings(backend, path, settings, template_path)
 
@@ -118,6 +118,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text, as bos and eos."""
+        return self._special_ids
 
     @cached_property
     def bos_id(self) -> int | None:
