@@ -101,7 +101,8 @@ def _plan(
     """
     layout = options.get("layout")
     tensors = type(q) is type(k) is type(v) is torch.Tensor
-    if not tensors or not isinstance(layout, Paged) or options.get("sinks") is not None:
+    scaled = isinstance(layout, Paged) and layout.k_scale is not None
+    if not tensors or not isinstance(layout, Paged) or scaled or options.get("sinks") is not None:
         problem = describe(q, k, v, **options)
         return problem, ladder.choose(problem, kernel)
     kinds = tuple((x.shape, x.dtype, x.device, x.stride()[-1:]) for x in (q, k, v))
@@ -236,6 +237,7 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, 
         )
     _check_index("page_table", layout.page_table, 2, q)
     _check_index("seq_lens", layout.seq_lens, 1, q)
+    _check_scales(layout, k)
     batch = layout.page_table.shape[0]
     if layout.seq_lens.shape[0] != batch or (not packed_q and q.shape[0] != batch):
         rows = (q.shape[0] if not packed_q else "packed", layout.seq_lens.shape[0], batch)
@@ -252,6 +254,21 @@ def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, 
         entries = layout.cu_seqlens_q.shape[0]
         raise ProblemError(f"cu_seqlens_q has {entries} entries; supported: batch + 1 = {batch + 1}")
     return batch, _longest(layout.max_q_len, lambda: _differences(layout.host_q or [0])), kv_len
+
+
+def _check_scales(layout: Paged, k: torch.Tensor) -> None:
+    scales = {"k_scale": layout.k_scale, "v_scale": layout.v_scale}
+    if all(scale is None for scale in scales.values()):
+        return
+    if k.dtype != torch.float8_e4m3fn:
+        raise ProblemError(f"k_scale and v_scale with a cache in {k.dtype}; supported: torch.float8_e4m3fn")
+    for name, scale in scales.items():
+        given, wanted = type(scale).__name__, (torch.float32, [k.shape[2]], k.device)
+        if isinstance(scale, torch.Tensor):
+            if (scale.dtype, list(scale.shape), scale.device) == wanted and scale.is_contiguous():
+                continue
+            given = f"{scale.dtype} {list(scale.shape)} on {scale.device}"
+        raise ProblemError(f"{name} is {given}; supported: contiguous float32 {wanted[1]} on {k.device}")
 
 
 def _longest(given: int | None, lengths: Any) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from strobe.attention.problem import Dense, Layout, Packed, Paged
+from strobe.errors import ProblemError
 
 _LIBRARY = torch.library.Library("strobe", "DEF")
 _LIBRARY.define(
@@ -30,6 +31,8 @@ def traced(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The operator's call for these arguments; `options` are the rest of attention()'s keywords."""
     has = layout if layout is not None else Dense()
+    if isinstance(has, Paged) and has.k_scale is not None:
+        raise ProblemError("a cache with k_scale and v_scale under torch.compile; supported: outside of it")
     out, lse = torch.ops.strobe.attention(
         q,
         k,

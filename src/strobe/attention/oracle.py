@@ -29,6 +29,9 @@ def attention(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[np.nda
     for row, (q_len, kv_len) in enumerate(problem.row_lengths()):
         q_at = _query_rows(problem, row, q_len)
         keys, values = _row(problem, k, row, kv_len), _row(problem, v, row, kv_len)
+        if isinstance(problem.layout, Paged) and problem.layout.k_scale is not None:
+            keys = keys * _float64(problem.layout.k_scale)[:, None]
+            values = values * _float64(problem.layout.v_scale)[:, None]
         for head in range(problem.q_heads):
             kv_head = head // problem.group
             sink = -np.inf if sinks is None else sinks[head]

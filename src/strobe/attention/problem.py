@@ -71,6 +71,8 @@ class Paged:
     cu_seqlens_q: Any = None
     max_q_len: int | None = None
     max_kv_len: int | None = None
+    k_scale: Any = None
+    v_scale: Any = None
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -15,7 +15,7 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
 class Row:
     """One batch row: q `[q_len, q_heads, head_dim]`, k and v `[kv_len, kv_heads, head_dim]`.
 
-    k and v of a paged cache are gathered, in q's dtype.
+    k and v of a paged cache are gathered, in q's dtype; in float32 where the cache has scales.
     """
 
     index: int
@@ -49,6 +49,9 @@ def rows_of(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
         if isinstance(layout, Paged):
             pages = layout.page_table[index, : -(-kv_len // problem.page_size)]
             row_k, row_v = (cache[pages].flatten(0, 1)[:kv_len].to(q.dtype) for cache in (k, v))
+            if layout.k_scale is not None:
+                row_k = row_k.float() * layout.k_scale[:, None]
+                row_v = row_v.float() * layout.v_scale[:, None]
         elif isinstance(layout, Packed):
             row_k, row_v = k[kv_start : kv_start + kv_len], v[kv_start : kv_start + kv_len]
         else:

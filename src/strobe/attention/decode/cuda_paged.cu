@@ -11,11 +11,9 @@
 //                counts or fences: an empty word is a NaN that arithmetic never makes
 //
 // Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads
-// that a block reads side by side), WARPS, STAGES, // scalar_t (of q and out), SOFTCAP, SINKS.
-#include "mma.cuh"
+// that a block reads side by side), WARPS, STAGES, // scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for e4m3 with a scale a head), SOFTCAP, SINKS.
 
-using kv_t = scalar_t;
-
+#include "operands.cuh"
 #include "tile_stream.cuh"
 #include "work_list.cuh"
 
@@ -34,6 +32,7 @@ struct Params {
   float* lse;  // may be null
   const int *seq_lens, *page_table, *cu_seqlens_q;
   const float* sinks;
+  const float *k_scale, *v_scale;  // [kv_heads], or null: 1
   u8* partials;        // [blocks, 2] Partials, empty between launches
   i64 q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   i64 lse_row_stride, lse_head_stride;
@@ -98,19 +97,19 @@ struct State {
 
 struct Queries {
   u32 b[DIM_TILES][COLUMN_TILES][2];  // q as B operands
+  float scale;                        // from products to exponents of 2, or to what softcap caps
 
   __device__ __forceinline__ void load(const Params& p, const Segment& s, const Rows& rows) {
-    const int lane = threadIdx.x % 32;
+    scale = (SOFTCAP ? p.softcap_scale : p.scale_log2) * (p.k_scale ? p.k_scale[rows.kv_head] : 1.f);
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {
-      const int row = n * 8 + lane / 4;
+      const int row = n * 8 + threadIdx.x % 32 / 4;
       const scalar_t* q = p.q + (s.q_start + rows.token(row)) * p.q_token_stride + rows.head(row) * p.q_head_stride;
 #pragma unroll
       for (int d = 0; d < DIM_TILES; ++d)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          b[d][n][half] =
-              row < rows.count ? *reinterpret_cast<const u32*>(q + d * 16 + half * 8 + lane % 4 * 2) : 0u;
+          b[d][n][half] = row < rows.count ? query_pair(q + d * 16 + Operands::k_feature(half)) : 0u;
     }
   }
 };
@@ -154,11 +153,14 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
     for (int n = 0; n < COLUMN_TILES; ++n)
       scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.f;
 #pragma unroll
-    for (int d = 0; d < DIM_TILES; ++d) {
-      u32 a[4];
-      load_matrices(a, Shape::address(keys, t * 16 + lane % 16, d * 32 + lane / 16 * 16));
+    for (int d = 0; d < DIM_TILES; d += Operands::TILES) {
+      u32 a[Operands::TILES][4];
+      Operands::load_keys(a, keys, t * 16, d);
 #pragma unroll
-      for (int n = 0; n < COLUMN_TILES; ++n) mma_16x8x16<scalar_t>(scores[t][n], a, q.b[d][n][0], q.b[d][n][1]);
+      for (int i = 0; i < Operands::TILES; ++i)
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+          mma_16x8x16<mma_t>(scores[t][n], a[i], q.b[d + i][n][0], q.b[d + i][n][1]);
     }
   }
 
@@ -173,8 +175,8 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = scores[t][n][i];
-        if (SOFTCAP) x = p.softcap_log2 * tanh_exp2(x * p.softcap_scale);
-        else x *= p.scale_log2;
+        if (SOFTCAP) x = p.softcap_log2 * tanh_exp2(x * q.scale);
+        else x *= q.scale;
         if (MASKED) {
           const int at = key + t * 16 + lane / 4 + i / 2 * 8;
           if (at < visible.first[n][i % 2] || at >= visible.end[n][i % 2]) x = NEG_INF;
@@ -195,8 +197,8 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
         scores[t][n][i] = fast_exp2(scores[t][n][i] - state.m[n][i % 2]);
         state.l[n][i % 2] += scores[t][n][i];
       }
-      weights[n][0] = transpose_8x8(pack<scalar_t>(scores[t][n][0], scores[t][n][1]));
-      weights[n][1] = transpose_8x8(pack<scalar_t>(scores[t][n][2], scores[t][n][3]));
+      weights[n][0] = transpose_8x8(pack<mma_t>(scores[t][n][0], scores[t][n][1]));
+      weights[n][1] = transpose_8x8(pack<mma_t>(scores[t][n][2], scores[t][n][3]));
     }
     // Keys past the end weigh 0, but 0 * NaN is NaN: what stands there is cleared.
     u32 keep[2] = {~0u, ~0u};
@@ -208,13 +210,16 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
       }
     }
 #pragma unroll
-    for (int d = 0; d < DIM_TILES; ++d) {
-      u32 a[4];
-      load_matrices_transposed(
-          a, Shape::address(values, t * 16 + lane / 16 * 8 + lane % 8, d * 32 + lane / 8 % 2 * 16));
-      if (MASKED) a[0] &= keep[0], a[1] &= keep[0], a[2] &= keep[1], a[3] &= keep[1];
+    for (int d = 0; d < DIM_TILES; d += Operands::TILES) {
+      u32 a[Operands::TILES][4];
+      Operands::load_values(a, values, t * 16, d);
 #pragma unroll
-      for (int n = 0; n < COLUMN_TILES; ++n) mma_16x8x16<scalar_t>(state.o[d][n], a, weights[n][0], weights[n][1]);
+      for (int i = 0; i < Operands::TILES; ++i) {
+        if (MASKED) a[i][0] &= keep[0], a[i][1] &= keep[0], a[i][2] &= keep[1], a[i][3] &= keep[1];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; ++n)
+          mma_16x8x16<mma_t>(state.o[d + i][n], a[i], weights[n][0], weights[n][1]);
+      }
     }
   }
 }
@@ -233,8 +238,8 @@ __device__ __forceinline__ void share(Shared& shared, State& state, const Rows& 
         if (lane < 4) shared.m[warp][column] = state.m[n][j], shared.l[warp][column] = state.l[n][j];
 #pragma unroll
         for (int d = 0; d < DIM_TILES; ++d) {
-          shared.o[warp][column][d * 16 + lane / 4] = state.o[d][n][j];
-          shared.o[warp][column][d * 16 + 8 + lane / 4] = state.o[d][n][2 + j];
+          shared.o[warp][column][d * 16 + Operands::v_feature(0)] = state.o[d][n][j];
+          shared.o[warp][column][d * 16 + Operands::v_feature(1)] = state.o[d][n][2 + j];
         }
       }
     }
@@ -261,7 +266,8 @@ __device__ __forceinline__ void finish(const Params& p, const Segment& s, const 
     sum.o.x *= weight, sum.o.y *= weight, sum.o.z *= weight, sum.o.w *= weight;
     sum.m = m;
   }
-  const float inverse = sum.l > 0.f ? __fdividef(1.f, sum.l) : 0.f;
+  const float v_scale = p.v_scale ? p.v_scale[rows.kv_head] : 1.f;
+  const float inverse = sum.l > 0.f ? __fdividef(v_scale, sum.l) : 0.f;
   uint2 packed;
   packed.x = pack<scalar_t>(sum.o.x * inverse, sum.o.y * inverse);
   packed.y = pack<scalar_t>(sum.o.z * inverse, sum.o.w * inverse);

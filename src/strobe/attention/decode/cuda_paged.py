@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from strobe.attention import dense
-from strobe.attention.problem import AttentionProblem, Paged
+from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
 from strobe.cuda import jit
 from strobe.device import gpu
 from strobe.errors import ProblemError
@@ -25,6 +25,7 @@ MAX_PAGE_SIZE = 256
 MAX_BATCH = 4096
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DTYPES = ("bfloat16", "float16")
+_FP8 = "float8_e4m3fn"
 _SHARED_LIMIT = 227 * 1024
 
 
@@ -38,8 +39,10 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append("needs an NVIDIA GPU of compute capability 9.0 or more")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
-    elif problem.kv_dtype != problem.dtype:
-        reasons.append(f"cache in {problem.kv_dtype}; supported: q's dtype")
+    elif problem.kv_dtype not in (problem.dtype, _FP8):
+        reasons.append(f"cache in {problem.kv_dtype}; supported: q's dtype, {_FP8}")
+    if problem.kv_dtype == _FP8 and problem.head_dim % 32:
+        reasons.append(f"head_dim {problem.head_dim} with a cache in {_FP8}; supported: multiples of 32")
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
     if problem.q_len > MAX_Q_LEN:
@@ -61,6 +64,7 @@ class Shape:
     group: int
     page_size: int
     dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
     softcap: bool = False
     sinks: bool = False
     column_tiles: int = 1
@@ -75,7 +79,7 @@ class Shape:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * self.head_dim
+        return DTYPE_BYTES[self.kv_dtype] * self.head_dim
 
     @property
     def span(self) -> int:
@@ -105,6 +109,7 @@ class Shape:
             "GROUP": self.group,
             "PAGE_SIZE": self.page_size,
             "scalar_t": dense.SCALAR[self.dtype],
+            "kv_t": dense.SCALAR.get(self.kv_dtype, "u8"),
             "SOFTCAP": self.softcap,
             "SINKS": self.sinks,
             "COLUMN_TILES": self.column_tiles,
@@ -128,6 +133,7 @@ def choose_shape(problem: AttentionProblem) -> Shape:
             problem.group,
             problem.page_size,
             problem.dtype,
+            problem.kv_dtype or problem.dtype,
             problem.softcap > 0,
             problem.sinks is not None,
             column_tiles=1 if rows <= 8 or problem.head_dim > 192 else 2,
@@ -194,13 +200,17 @@ def sources(arch: str) -> list[jit.Source]:
         return []
     problems = [
         AttentionProblem(
-            batch, 1, 1, 8 * group, 8, head_dim, dtype=dtype, layout=Paged(None, None), page_size=16, arch=90
+            *(batch, 1, 1, 8 * group, 8, head_dim, dtype),
+            kv_dtype=kv_dtype,
+            layout=Paged(None, None),
+            page_size=16,
         )
-        for dtype in _DTYPES
+        for dtype, kv_dtype in (("bfloat16", None), ("float16", None), ("bfloat16", _FP8))
         for batch in (1, 64)
         for head_dim, group in (*((dim, 4) for dim in HEAD_DIMS), (128, 1), (128, 8), (128, 16))
     ]
-    return [jit.Source(_SOURCE, shape.defines()) for shape in dict.fromkeys(map(choose_shape, problems))]
+    shapes = dict.fromkeys(choose_shape(p) for p in problems if p.kv_dtype != _FP8 or p.head_dim % 32 == 0)
+    return [jit.Source(_SOURCE, shape.defines()) for shape in shapes]
 
 
 class _Params(ctypes.Structure):
@@ -208,7 +218,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "out", "lse", "seq_lens", "page_table", "cu_seqlens_q")),
-        *((name, ctypes.c_void_p) for name in ("sinks", "partials")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "k_scale", "v_scale", "partials")),
         *((f"{name}_stride", ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
         *((f"{name}_stride", ctypes.c_int64) for name in ("lse_row", "lse_head")),
         *((name, ctypes.c_int) for name in ("batch", "segments", "q_len", "row_blocks", "table_stride")),
@@ -242,6 +252,8 @@ def _params(
     )
     if layout.cu_seqlens_q is not None:
         params.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
+    if layout.k_scale is not None and layout.v_scale is not None:
+        params.k_scale, params.v_scale = layout.k_scale.data_ptr(), layout.v_scale.data_ptr()
     if lse is not None:
         params.lse = lse.data_ptr()
         params.lse_row_stride, params.lse_head_stride = lse.stride(0), lse.stride(-2)

@@ -21,7 +21,7 @@ __host__ __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) :
 
 struct TileShape {
   static constexpr int ROW_BYTES = HEAD_DIM * sizeof(kv_t);
-  static constexpr int SPAN_BYTES = ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : ROW_BYTES % 32 == 0 ? 32 : 16;
+  static constexpr int SPAN_BYTES = ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : 32;
   static constexpr int RUN = gcd(PAGE_SIZE, KEYS);
   static constexpr int RUNS = KEYS / RUN;
   static constexpr int RUN_BYTES = RUN * ROW_BYTES;                  // what a copy brings
