@@ -232,6 +232,12 @@ def test_quantised_weights(folder, dtype):
     refused(folder, "model.safetensors", "supported")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_one_quantised_weight(folder, dtype):
+    edited(folder, lambda state: state.update({NORM: state[NORM].to(dtype)}))
+    refused(folder, "model.safetensors", NORM, str(dtype))
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "a\\b", "", 5, None])
 def test_index_that_leads_out_of_the_folder(folder, formats, name):
     formats.split_safetensors(folder, 2)

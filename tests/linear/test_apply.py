@@ -47,6 +47,19 @@ def test_refuses_what_does_not_fit(x, weight):
         linear.apply(x, weight)
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(4, 1), torch.zeros(4).double()])
+def test_refuses_a_bias_that_does_not_fit(bias):
+    with pytest.raises(ProblemError, match="bias"):
+        linear.apply(torch.zeros(2, 3), torch.zeros(4, 3), bias)
+
+
+@given(SIZES, SIZES, st.integers(1, 9))
+def test_any_layout_on_a_cpu(inputs, outputs, tokens):
+    x, plain = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
+    weight = linear.empty_weight(outputs, inputs, device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(linear.apply(x, weight.copy_(plain)), linear.apply(x, plain))
+
+
 def test_unknown_kernel_names_the_nearest():
     with pytest.raises(UnknownNameError, match="did you mean 'torch_linear'"):
         linear.apply(torch.zeros(1, 2), torch.zeros(3, 2), kernel="torch_liner")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from strobe.checkpoints.huggingface import HUB_FILES
@@ -23,7 +24,10 @@ def fetch(name: str) -> Path:
         CheckpointError: no such repository, no access, or no network.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub's own errors, and every kind of network failure

@@ -114,7 +114,7 @@ class Tokenizer:
             prefix_space=prefix_space,
         )
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1

@@ -26,6 +26,8 @@ PIECE = 16 << 20
 TILE = 1 << 17
 """Elements copied at a time into a transposed place: they stay in the processor's cache."""
 
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 Places = Mapping[str, torch.Tensor]
 """Where each tensor goes, by its Hugging Face name: views of our weights, shaped like the file's tensors."""
 
@@ -52,7 +54,7 @@ def load_weights(
     """The weights of a network, out of its files.
 
     Raises:
-        CheckpointError: a tensor is missing, not expected, of a wrong shape or no floating-point number.
+        CheckpointError: a tensor is missing, not expected, of a wrong shape or dtype.
         DeviceError: the device has no room for them.
     """
     sketch = places(config, network.allocate(config, device="meta", dtype=dtype))
@@ -63,8 +65,9 @@ def load_weights(
     for file in files:
         views = file.views(ours)
         for name, tensor in file.read():
-            if not tensor.is_floating_point():
-                raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: floating point")
+            if tensor.dtype not in STORED:
+                supported = ", ".join(map(str, STORED))
+                raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: {supported}")
             _copy(views[name], tensor)
     return weights
 

@@ -43,38 +43,46 @@ def apply(
         ProblemError: shapes, dtypes or devices that do not fit together.
         UnknownNameError, KernelRefusedError: as `ladder.choose`.
     """
-    problem, rung = _plan(
-        x.shape, weight.shape, x.dtype, weight.dtype, (x.device, weight.device), bias is None, kernel
-    )
+    kinds = [(t.shape, t.dtype, t.device) for t in ((x, weight) if bias is None else (x, weight, bias))]
+    problem, rung = _plan(kernel, *kinds)
+    if x.is_cuda and not (x.is_contiguous() and weight.is_contiguous()):
+        raise ProblemError("x or weight is not contiguous; supported on a GPU: contiguous ones")
     out = x.new_empty(problem.tokens, problem.outputs)
     if problem.tokens:
         rung.run(problem, x, weight, bias, out)
     return out
 
 
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
+
+
 @lru_cache(maxsize=4096)
 def _plan(
-    x: torch.Size,
-    weight: torch.Size,
-    x_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    devices: tuple[torch.device, torch.device],
-    no_bias: bool,
-    kernel: str,
+    kernel: str, x: _Kind, weight: _Kind, bias: _Kind | None = None
 ) -> tuple[LinearProblem, ladder.Rung]:
     """The problem of tensors of these kinds, checked, and the rung that runs it."""
-    if len(x) != 2 or len(weight) != 2 or x[1] != weight[1]:
+    (shape, dtype, device), (weight_shape, *rest) = x, weight
+    if len(shape) != 2 or len(weight_shape) != 2 or shape[1] != weight_shape[1]:
         raise ProblemError(
-            f"x is {list(x)}, weight {list(weight)}; supported: [tokens, inputs] and [outputs, inputs]"
+            f"x is {list(shape)}, weight {list(weight_shape)}; "
+            "supported: [tokens, inputs] and [outputs, inputs]"
         )
-    if x_dtype != weight_dtype or devices[0] != devices[1]:
-        raise ProblemError(
-            f"x is {x_dtype} on {devices[0]}, weight {weight_dtype} on {devices[1]}; supported: the same"
-        )
+    if [dtype, device] != rest or (bias is not None and bias[1:] != x[1:]):
+        given = [f"{d} on {where}" for _, d, where in (x, weight, *([] if bias is None else [bias]))]
+        raise ProblemError(f"x, weight and bias are {', '.join(given)}; supported: one dtype, one device")
+    if bias is not None and bias[0] != weight_shape[:1]:
+        raise ProblemError(f"bias is {list(bias[0])}; supported: [outputs], here {list(weight_shape[:1])}")
     arch = 0
-    if devices[0].type == "cuda":
-        major, minor = torch.cuda.get_device_capability(devices[0])
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
-    dtype = str(x_dtype).removeprefix("torch.")
-    problem = LinearProblem(x[0], x[1], weight[0], dtype, not no_bias, devices[0].type, arch)
+    problem = LinearProblem(
+        tokens=shape[0],
+        inputs=shape[1],
+        outputs=weight_shape[0],
+        dtype=str(dtype).removeprefix("torch."),
+        bias=bias is not None,
+        device=device.type,
+        arch=arch,
+    )
     return problem, ladder.choose(problem, kernel)
