@@ -21,6 +21,7 @@ help:
 	@echo "make gpu-test  run the tests that need an NVIDIA GPU"
 	@echo "make bench     measure this machine: latency and throughput beside transformers"
 	@echo "make results   make the tables of README.md and docs/ from benchmarks/results"
+	@echo "make results   make the documents' tables anew from benchmarks/results"
 	@echo "make wheel     build the wheel into dist/"
 	@echo "make clean     remove $(VENV) and caches"
 
@@ -41,6 +42,7 @@ check: $(READY)
 	$(RUN) -m mypy
 	$(RUN) -m strobe.bench.document --check
 	$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
+	$(RUN) -m strobe.bench.document --check
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
@@ -50,8 +52,11 @@ gpu-test: $(READY)
 	$(RUN) -m pytest -m gpu --gpu-report benchmarks/results
 
 bench: $(READY)
-	$(RUN) -m strobe bench latency --vs transformers
-	$(RUN) -m strobe bench throughput --vs transformers
+	$(RUN) -m strobe bench latency --vs transformers --save auto
+	$(RUN) -m strobe bench throughput --vs transformers --save auto
+
+results: $(READY)
+	$(RUN) -m strobe.bench.document
 
 results: $(READY)
 	$(RUN) -m strobe.bench.document

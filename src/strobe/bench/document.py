@@ -97,6 +97,31 @@ def _memory(result: Result) -> str:
     return "MiB beyond inputs and output:\n\n" + tables.by_provider(result.rows, tables.memory)
 
 
+def _latency(result: Result) -> str:
+    def line(row: Row) -> list[str]:
+        figures = (
+            f"{row[name]:.4g}" for name in ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s")
+        )
+        return [row["case"]["model"], row["provider"], *figures]
+
+    case = result.rows[0]["case"]
+    head = ["model", "", "first token, ms", "between tokens, ms", "p50", "p99", "tok/s"]
+    about = f"One request, prompt {case['prompt']}, output {case['output']}, {_dtype(result)}"
+    return f"{about}:\n\n{tables.markdown(head, [line(row) for row in result.rows])}"
+
+
+def _throughput(result: Result) -> str:
+    case = result.rows[0]["case"]
+    (p_low, p_high), (o_low, o_high) = case["prompt"], case["output"]
+    about = f"{case['requests']} requests, prompts {p_low} to {p_high}, outputs {o_low} to {o_high}"
+    lines = [
+        [row["case"]["model"], row["provider"], f"{row['tok_s']:.4g}", str(row.get("best_batch", "–"))]
+        for row in result.rows
+    ]
+    head = ["model", "", "output tok/s", "best batch size"]
+    return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+
+
 def _dtype(result: Result) -> str:
     return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
 
@@ -121,6 +146,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "ladder": ("ladder", _ladder),
     "standard": ("ladder", _standard),
     "memory": ("memory", _memory),
+    "latency": ("latency", _latency),
+    "throughput": ("throughput", _throughput),
 }
 """By name: the result file, and what is made of it."""
 

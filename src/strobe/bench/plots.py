@@ -1,8 +1,8 @@
-"""Figures made from result rows: lines against length, and the roofline. Needs the extra `plots`."""
+"""Figures made from result rows: lines against length, bars, and the roofline. Needs the extra `plots`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,27 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str) -> None:
+    """A panel a field (its name → its label), a bar a provider, with its least and most where measured."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for axis, (field, label) in zip(axes[0], panels.items(), strict=True):
+        shown = [row for row in rows if field in row]
+        values = [row[field] for row in shown]
+        low = [row[field] - row.get(f"{field}_min", row[field]) for row in shown]
+        high = [row.get(f"{field}_max", row[field]) - row[field] for row in shown]
+        drawn = axis.bar([row["provider"] for row in shown], values, yerr=[low, high], capsize=4)
+        axis.bar_label(drawn, fmt="%.4g", padding=3)
+        axis.margins(y=0.12)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3, axis="y")
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

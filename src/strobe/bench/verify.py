@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from strobe.attention.problem import Paged
-from strobe.errors import CheckpointError, MissingExtraError
+from strobe.bench.engine_peers import Strobe, Transformers
 from strobe.models.batch import Batch, KvTensors
 
 if TYPE_CHECKING:
@@ -52,25 +51,24 @@ def verify(llm: LLM, max_tokens: int = 64) -> Verification:
         CheckpointError: transformers cannot read the checkpoint, which is of another format.
         MissingExtraError: transformers is not installed.
     """
-    model = llm.engine.model
-    peer = _Peer(llm.path, model)
-    prompts = _prompts(llm, max_tokens)
-    difference = largest = 0.0
+    model, prompts = llm.engine.model, _prompts(llm, max_tokens)
+    strobe, peer = Strobe(llm), Transformers(llm)
+    for engine in (strobe, peer):
+        engine.one(prompts[0], 2)  # what a first call sets up is not timed
+    difference = largest = strobe_s = peer_s = 0.0
     positions = same = equal = 0
-    strobe_s = peer_s = 0.0
-    _strobe_greedy(llm, prompts[0], 2)  # what a first call sets up is not timed
-    peer.greedy(prompts[0], 2)
     for prompt in prompts:
-        ours, theirs = logits(model, prompt), peer.logits(prompt)
-        difference = max(difference, float((ours - theirs).abs().max()))
-        largest = max(largest, float(theirs.abs().max()))
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        given = logits(model, prompt)
+        with torch.inference_mode():
+            expected = peer.model(torch.tensor([prompt], device=model.device)).logits[0].float()
+        difference = max(difference, float((given - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+        same += int((given.argmax(-1) == expected.argmax(-1)).sum())
         positions += len(prompt)
-        our_tokens, seconds = _strobe_greedy(llm, prompt, max_tokens)
-        strobe_s += seconds
-        their_tokens, seconds = peer.greedy(prompt, max_tokens)
-        peer_s += seconds
-        equal += _agreement(our_tokens, their_tokens)
+        ours, theirs = strobe.one(prompt, max_tokens), peer.one(prompt, max_tokens)
+        strobe_s += ours.at_s[-1]
+        peer_s += theirs.at_s[-1]
+        equal += _agreement(ours.token_ids, theirs.token_ids)
     total = max_tokens * len(prompts)
     return Verification(
         model=llm.name,
@@ -109,47 +107,6 @@ def logits(model: Model, prompt: list[int]) -> torch.Tensor:
         return model(batch)
 
 
-class _Peer:
-    """The checkpoint as transformers loads it, in the model's dtype and on its device."""
-
-    def __init__(self, path: Path, model: Model) -> None:
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} is no Hugging Face folder, the only kind that transformers reads")
-        try:
-            from transformers import AutoModelForCausalLM, GenerationConfig
-            from transformers.utils import logging
-        except ImportError:
-            raise MissingExtraError.of("transformers", "integrations") from None
-        logging.disable_progress_bar()
-        self.device = model.device
-        loader: Any = AutoModelForCausalLM
-        self.model = loader.from_pretrained(
-            path, dtype=model.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).to(model.device)
-        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-
-    def logits(self, prompt: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.model(torch.tensor([prompt], device=self.device)).logits[0].float()
-
-    def greedy(self, prompt: list[int], max_tokens: int) -> tuple[list[int], float]:
-        ids = torch.tensor([prompt], device=self.device)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens)
-        tokens = out[0, len(prompt) :].tolist()
-        return tokens, time.perf_counter() - start
-
-
-def _strobe_greedy(llm: LLM, prompt: list[int], max_tokens: int) -> tuple[list[int], float]:
-    from strobe.engine import SamplingParams
-
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
-    start = time.perf_counter()
-    (output,) = llm.generate([prompt], params)
-    return list(output.token_ids), time.perf_counter() - start
-
-
 def _prompts(llm: LLM, max_tokens: int) -> list[list[int]]:
     """The texts in the model's tokens, cut to leave room for the answer; without a tokenizer, random ids."""
     engine = llm.engine
@@ -161,6 +118,6 @@ def _prompts(llm: LLM, max_tokens: int) -> list[list[int]]:
     return [torch.randint(vocab_size, (min(16, room),), generator=rng).tolist() for _ in TEXTS]
 
 
-def _agreement(ours: list[int], theirs: list[int]) -> int:
+def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """Tokens before the first difference."""
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))

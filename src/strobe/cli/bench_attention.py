@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from strobe import device as devices
 from strobe import settings
 from strobe.attention import ladder
 from strobe.cli import console
-from strobe.cli.options import Device, Json
+from strobe.cli.options import Commit, Device, Json, Plot, Save
 from strobe.errors import StrobeError, UnknownNameError
 
 Batch = Annotated[int, typer.Option(help="Rows.")]
@@ -32,12 +31,7 @@ Kernels = Annotated[str, typer.Option("--kernel", "-k", help="Kernels, by name; 
 Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa4, flashinfer.")]
 Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill, decode or ladder.")]
 TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
-Plot = Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
-Save = Annotated[
-    Path | None, typer.Option(help="Write the result file here; `auto` for benchmarks/results/<machine>/.")
-]
-Commit = Annotated[str | None, typer.Option(help="The sources' commit, where they have no git folder.")]
 
 
 def attention(

@@ -74,3 +74,9 @@ Stop = Annotated[
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="A file of prompts, one a line; `-` for stdin.")
 ]
+
+Plot = Annotated[Path | None, typer.Option(help="Write a figure here (.png, .svg, .pdf).")]
+Save = Annotated[
+    Path | None, typer.Option(help="Write the result file here; `auto` for benchmarks/results/<machine>/.")
+]
+Commit = Annotated[str | None, typer.Option(help="The sources' commit, where they have no git folder.")]
