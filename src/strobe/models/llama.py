@@ -116,9 +116,8 @@ class Llama:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split_with_sizes((c.q_heads, c.kv_heads), 1)
             qk = torch.cat((rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)), 1)
-        q, k = rope.rotate(qk, *turn).split_with_sizes((c.q_heads, c.kv_heads), 1)
         k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
-        cache.append(k, v, k_pages, v_pages, batch.slots)
+        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots)
         out: Any = attention(
             batch.rows(q),
             k_pages,
