@@ -222,7 +222,7 @@ def formats() -> object:
     """This file's writers."""
     import types
 
-    names = (network, meta_state, write_meta, write_llama2c, dequantised, split_safetensors)
+    names = (network, meta_state, write_meta, write_llama2c, dequantised, split_safetensors, logits)
     return types.SimpleNamespace(**{function.__name__: function for function in names})
 
 

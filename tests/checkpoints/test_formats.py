@@ -32,7 +32,11 @@ def test_stored_in_16_bits(tmp_path, formats, assert_equal_logits, dtype):
     found = load(tmp_path, device="cpu")
     assert found.model.dtype == torch.float32, "auto on a CPU"
     assert_equal_logits(found.model, theirs)
-    assert load(tmp_path, device="cpu", dtype=dtype).model.dtype == getattr(torch, dtype)
+    narrow = load(tmp_path, device="cpu", dtype=dtype).model
+    assert narrow.dtype == getattr(torch, dtype)
+    text = torch.randint(0, narrow.config.vocab_size, (20,))
+    wide, rounded = formats.logits(found.model, text), formats.logits(narrow, text)
+    assert 0 < (rounded - wide).norm() < 0.1 * wide.norm()
 
 
 def test_older_rope_keys(tmp_path, formats):
