@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from strobe.attention.problem import Paged
 from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
-from strobe.engine.request import Request, SamplingParams
+from strobe.engine.request import Request
+from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import RequestError, SettingsError, UnknownNameError
 from strobe.models.batch import Batch
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from strobe.engine.config import EngineConfig
-from strobe.engine.request import SamplingParams
+from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import RequestError, SettingsError
 
 BAD_PARAMS = [

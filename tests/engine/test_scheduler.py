@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from strobe.engine.config import EngineConfig
 from strobe.engine.kv_cache import KvCache
-from strobe.engine.request import Request, SamplingParams, Sequence
+from strobe.engine.request import Request, Sequence
+from strobe.engine.sampling_params import SamplingParams
 from strobe.engine.scheduler import Schedule, Scheduler
 
 

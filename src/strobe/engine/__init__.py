@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from strobe.engine.config import EngineConfig
     from strobe.engine.engine import Engine
     from strobe.engine.llm import LLM
-    from strobe.engine.request import Metrics, Request, RequestOutput, SamplingParams, StreamChunk
+    from strobe.engine.request import Metrics, Request, RequestOutput, StreamChunk
+    from strobe.engine.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -29,7 +30,7 @@ _HOMES = {
     "Metrics": "request",
     "Request": "request",
     "RequestOutput": "request",
-    "SamplingParams": "request",
+    "SamplingParams": "sampling_params",
     "StreamChunk": "request",
 }
 

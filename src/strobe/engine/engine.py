@@ -90,7 +90,7 @@ class Engine:
             if request.request_id in self._live:
                 raise RequestError(f"request id {request.request_id!r} is in use")
             self._live[request.request_id] = request
-        self._arrived.append(request)
+            self._arrived.append(request)
 
     def check(self, request: Request) -> None:
         """Raise what `add` would."""
@@ -106,6 +106,8 @@ class Engine:
             )
         if params.max_tokens is not None and params.max_tokens > context:
             raise RequestError(f"max_tokens is {params.max_tokens}; this model's context is {context}")
+        if any(token >= vocab for token, _ in params.biases):
+            raise RequestError(f"logit_bias holds a token outside 0 to {vocab - 1}")
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
         request.max_output = min(params.max_tokens or context, context - len(prompt))
@@ -121,6 +123,22 @@ class Engine:
         """Drop a request in the next step, which frees its pages; unknown ids are ignored."""
         self._aborted.append(request_id)
 
+    def drop_running(self) -> list[str]:
+        """After a step that failed: drop the requests that were part of it, and keep those that wait.
+
+        Called from the thread that steps. Gives the ids of those dropped.
+        """
+        with self._live_lock:
+            kept = {sequence.request.request_id for sequence in self.scheduler.waiting}
+            kept |= {request.request_id for request in self._arrived}
+            kept -= {sequence.request.request_id for sequence in self.scheduler.running}
+            dropped = [request for request in self._live.values() if request.request_id not in kept]
+            for request in dropped:
+                del self._live[request.request_id]
+        for sequence in (sequence for request in dropped for sequence in request.sequences):
+            self.scheduler.finish(sequence, "abort")
+        return [request.request_id for request in dropped]
+
     def step(self) -> list[StreamChunk]:
         """One forward pass for all who have tokens to run; what it added, and who ended."""
         ended = self._take_messages()
@@ -128,7 +146,10 @@ class Engine:
         if not schedule.chunks:
             return ended
         logits = self.runner.run(schedule)
-        sampled = self.sampler.sample(logits, schedule.sampled)
+        count = len(schedule.sampled)
+        for chunk, scores in self.sampler.score_prompts(logits[count:], schedule):
+            chunk.sequence.request.prompt_logprobs += scores
+        sampled = self.sampler.sample(logits[:count], schedule.sampled)
         return ended + self._accept(schedule, sampled)
 
     def stats(self) -> EngineStats:
@@ -158,6 +179,7 @@ class Engine:
                     (seed + index * _SIBLING_STRIDE) & _SEED_MASK,
                     list(request.prompt_token_ids),
                     detokenizer=self._detokenizer(request) if request.stream or params.stop else None,
+                    matcher=params.grammar.matcher() if params.grammar else None,
                 )
                 for index in range(params.n)
             ]
@@ -196,7 +218,10 @@ class Engine:
 
     def _stop(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Whether the token ends the sequence, the stop token or string that did, and the text it settles."""
-        params, length, detokenizer = sequence.params, sequence.output_len, sequence.detokenizer
+        params, length = sequence.params, sequence.output_len
+        detokenizer, matcher = sequence.detokenizer, sequence.matcher
+        if matcher is not None:
+            matcher.accept(token)
         ends = token in params.stop_token_ids or (token in self._stop_ids and not params.ignore_eos)
         if ends and length >= params.min_tokens:
             return "stop", token, ""
@@ -206,6 +231,8 @@ class Engine:
             sequence.text += text
             if detokenizer.stopped_by is not None:
                 return "stop", detokenizer.stopped_by, text
+        if matcher is not None and (matcher.failed or matcher.finished):
+            return ("abort" if matcher.failed else "stop"), None, text
         return ("length" if length >= sequence.request.max_output else None), None, text
 
     def _finish(

@@ -14,7 +14,8 @@ from strobe.checkpoints.load import load
 from strobe.checkpoints.tokenizer import Tokenizer
 from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
-from strobe.engine.request import Request, RequestOutput, SamplingParams, StreamChunk
+from strobe.engine.request import Request, RequestOutput, StreamChunk
+from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import RequestError, StrobeError
 
 Prompt = str | Sequence[int]

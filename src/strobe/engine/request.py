@@ -5,137 +5,18 @@ This module imports no torch.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from strobe.engine.grammar import Matcher
 from strobe.engine.kv_cache import PageList, Prefix
-from strobe.errors import RequestError
+from strobe.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from strobe.engine.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
-
-MAX_N = 128
-MAX_STOPS = 64
-MAX_STOP_CHARS = 1024
-MAX_LOGPROBS = 20
-MAX_TOKENS = 1 << 20
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the tokens of one request are drawn.
-
-    The order is: penalties, temperature, top_k, top_p, min_p (see `strobe.ops.sampling`).
-
-    Raises:
-        RequestError: a value of a wrong type or out of range; the message names the field.
-    """
-
-    max_tokens: int | None = None
-    """None for as many as the context holds."""
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0 or -1 for all."""
-    top_p: float = 1.0
-    """Draw among the fewest tokens whose probabilities sum to at least this."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits, and multiplies the negative ones, of tokens in prompt or output."""
-    presence_penalty: float = 0.0
-    """Taken off the logit of each token in the output."""
-    frequency_penalty: float = 0.0
-    """Taken off the logit of each token once for every time it is in the output."""
-    seed: int | None = None
-    """The same seed draws the same tokens, whatever else runs."""
-    n: int = 1
-    """Outputs for the prompt."""
-    stop: str | SequenceOf[str] = ()
-    """Strings that end the output; they are not part of its text."""
-    stop_token_ids: SequenceOf[int] = ()
-    """Tokens that end the output besides the model's own; their text is left out."""
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    """No stop before this many tokens."""
-    logprobs: int | None = None
-    """Log-probabilities (natural, before penalties and temperature) of the chosen token and of this
-    many likeliest ones; None for none."""
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", _tuple("stop", stop, str, MAX_STOPS))
-        object.__setattr__(
-            self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, int, MAX_STOPS)
-        )
-        if any(not 1 <= len(text) <= MAX_STOP_CHARS for text in self.stop):
-            raise RequestError(f"stop holds a string that is empty or over {MAX_STOP_CHARS} characters")
-        if any(not 0 <= token < 1 << 31 for token in self.stop_token_ids):
-            raise RequestError("stop_token_ids holds a number that is no token id")
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.01, 100.0),
-            ("presence_penalty", -100.0, 100.0),
-            ("frequency_penalty", -100.0, 100.0),
-        ):
-            _check_number(name, getattr(self, name), low, high)
-        if self.top_p == 0:
-            raise RequestError(
-                "top_p is 0; supported: over 0, up to 1", hint="temperature=0 takes the likeliest token"
-            )
-        _check_integer("top_k", self.top_k, -1, 1 << 31)
-        _check_integer("n", self.n, 1, MAX_N)
-        _check_integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
-        if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-            if self.min_tokens > self.max_tokens:
-                raise RequestError(f"min_tokens {self.min_tokens} is over max_tokens {self.max_tokens}")
-        if self.seed is not None:
-            _check_integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; supported: True or False")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def penalised(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-    @cached_property
-    def plain(self) -> bool:
-        """True where the likeliest token is all that is wanted of the logits."""
-        return self.greedy and not self.penalised and self.logprobs is None and self.min_tokens == 0
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
-        raise RequestError(f"{name} is {value!r}; supported: {low:g} to {high:g}")
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; supported: an integer from {low} to {high}")
-
-
-def _tuple(name: str, values: object, kind: type, longest: int) -> tuple:
-    if not isinstance(values, (list, tuple)) or any(type(value) is not kind for value in values):
-        raise RequestError(f"{name} is {values!r:.60}; supported: a list of {kind.__name__}")
-    if len(values) > longest:
-        raise RequestError(f"{name} holds {len(values)} entries; supported: up to {longest}")
-    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -231,10 +112,12 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
     max_output: int = 0
     """Most tokens that `params` and the context allow; set when the engine takes it."""
-    started: float | None = None
     first_token: float | None = None
-    sequences: list[Sequence] = field(default_factory=list, repr=False)
+    started: float | None = None
     """None before its first step."""
+    sequences: list[Sequence] = field(default_factory=list, repr=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list, repr=False)
+    """Entry i is of prompt token i + 1; whole when the first token is drawn."""
 
     @property
     def finished(self) -> bool:
@@ -289,6 +172,7 @@ class Sequence:
     finished_at: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
+    matcher: Matcher | None = None
     text: str = ""
     sent: int = 0
     """Output tokens that earlier stream chunks have told of."""
@@ -300,6 +184,13 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True while prompt tokens lack the log-probabilities that were asked for."""
+        if self.params.prompt_logprobs is None or self.index:
+            return False
+        return len(self.request.prompt_logprobs) < self.prompt_len - 1
 
     @property
     def output(self) -> list[int]:

@@ -26,7 +26,8 @@ class Runner:
         )
 
     def run(self, schedule: Schedule) -> torch.Tensor:
-        """One forward pass; float32 logits `[len(schedule.sampled), vocab_size]`."""
+        """One forward pass; float32 logits `[rows, vocab_size]`: a row for each of `schedule.sampled`,
+        then one for each token of the chunks `schedule.scored`."""
         if schedule.copies:
             self._copy_pages(schedule.copies)
         with torch.inference_mode():
@@ -50,6 +51,10 @@ class Runner:
             )
             rows = np.repeat(np.arange(len(chunks)), counts)
             positions = np.arange(len(token_ids)) + (ends - row_ends)[rows]
+        logits_at = row_ends[list(schedule.sampled_chunks)] - 1
+        if schedule.scored:
+            scored = [np.arange(row_ends[i] - counts[i], row_ends[i]) for i in schedule.scored]
+            logits_at = np.concatenate([logits_at, *scored])
         slots = table[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
         layout = Paged(
             page_table=self._tensor(table),
@@ -63,7 +68,7 @@ class Runner:
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             layout=layout,
-            logits_at=self._tensor(row_ends[list(schedule.sampled_chunks)] - 1),
+            logits_at=self._tensor(logits_at),
             kv_cache=self.kv_cache,
             attention_kernel=self.config.attention_kernel,
             linear_kernel=self.config.linear_kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -9,7 +10,11 @@ import numpy as np
 import torch
 
 from strobe.engine.request import Sequence, TokenLogprobs
+from strobe.engine.scheduler import Chunk, Schedule
 from strobe.ops import sampling
+
+_SCORED_ROWS = 256
+"""Prompt tokens that are scored at once: a row of log-probabilities has the size of the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +36,13 @@ class Sampled:
         tokens = self.token_ids.tolist()
         found = {}
         for i, row in enumerate(self.wanting):
-            top = tuple(zip(ids[i], values[i], strict=True))[: sequences[row].params.logprobs]
-            found[row] = TokenLogprobs(tokens[row], chosen[i], top)
+            top = sequences[row].params.logprobs
+            found[row] = _token_logprobs(tokens[row], chosen[i], ids[i][:top], values[i][:top])
         return found
+
+
+def _token_logprobs(token: int, logprob: float, ids: list[int], values: list[float]) -> TokenLogprobs:
+    return TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
 
 
 class Sampler:
@@ -57,13 +66,21 @@ class Sampler:
             if token < logits.shape[1]
         ]
         penalised = [row for row, p in enumerate(params) if p.penalised]
-        if forbidden or penalised:
+        biased = [(row, *item) for row, p in enumerate(params) for item in p.biases]
+        bound = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
+        if forbidden or penalised or biased or bound:
             logits = logits.float().clone()
         if penalised:
             penalties = self._penalties(logits, [sequences[row] for row in penalised])
             logits[penalised] = sampling.penalise(logits[penalised], penalties)
         if forbidden:
             logits[[row for row, _ in forbidden], [token for _, token in forbidden]] = -torch.inf
+        if biased:
+            rows, tokens, biases = zip(*biased, strict=True)
+            logits[list(rows), list(tokens)] += torch.tensor(biases).to(logits.device)
+        if bound:
+            allowed = self._allowed([sequences[row] for row in bound], logits.shape[1])
+            logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
         token_ids = logits.argmax(dim=-1)
         random = [row for row, p in enumerate(params) if not p.greedy]
         if random:
@@ -71,9 +88,35 @@ class Sampler:
         if not wanting:
             return Sampled(token_ids)
         top = max(params[row].logprobs or 0 for row in wanting)
-        rows = list(wanting)
-        asked = sampling.logprobs(raw[rows], token_ids[rows], min(top, raw.shape[1]))
+        asked = sampling.logprobs(raw[list(wanting)], token_ids[list(wanting)], min(top, raw.shape[1]))
         return Sampled(token_ids, wanting, asked)
+
+    def score_prompts(
+        self, logits: torch.Tensor, schedule: Schedule
+    ) -> Iterator[tuple[Chunk, list[TokenLogprobs]]]:
+        """For each chunk of `schedule.scored` those prompt tokens that it gives log-probabilities of, and
+        that have none yet; `logits` has a row for each of its tokens."""
+        row = 0
+        for index in schedule.scored:
+            chunk = schedule.chunks[index]
+            request = chunk.sequence.request
+            known, prompt, top = (
+                len(request.prompt_logprobs),
+                request.prompt_token_ids,
+                request.params.prompt_logprobs,
+            )
+            first, end = max(chunk.start, known), min(chunk.end, len(prompt) - 1)
+            scores: list[TokenLogprobs] = []
+            for start in range(first, end, _SCORED_ROWS):
+                stop = min(start + _SCORED_ROWS, end)
+                targets = torch.tensor(prompt[start + 1 : stop + 1], device=logits.device)
+                rows = logits[row + start - chunk.start : row + stop - chunk.start]
+                chosen, values, ids = sampling.logprobs(rows, targets, min(top or 0, logits.shape[1]))
+                scores += map(
+                    _token_logprobs, targets.tolist(), chosen.tolist(), ids.tolist(), values.tolist()
+                )
+            row += chunk.end - chunk.start
+            yield chunk, scores
 
     def _draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -93,6 +136,15 @@ class Sampler:
             )
         temperature = column([p.temperature for p in params])
         return sampling.draw(logits, temperature, filters, torch.from_numpy(uniforms).to(logits.device))
+
+    def _allowed(self, sequences: list[Sequence], vocab: int) -> torch.Tensor:
+        """bool `[rows, vocab]`: what each sequence's grammar lets come next."""
+        allowed = torch.zeros(len(sequences), vocab, dtype=torch.bool)
+        for row, sequence in zip(allowed, sequences, strict=True):
+            if sequence.matcher is not None:
+                tokens = torch.from_numpy(sequence.matcher.allowed()[:vocab])
+                row[: len(tokens)] = tokens
+        return allowed
 
     def _penalties(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> sampling.Penalties:
         device, vocab = logits.device, logits.shape[1]

@@ -32,13 +32,15 @@ class Schedule:
     """One step: page copies first, then one forward pass over the chunks, then a draw for `sampled`.
 
     `sampled` are the sequences that get a token, and `sampled_chunks[i]` is the chunk whose last
-    token's logits `sampled[i]` draws from: a prompt's first logits serve all its siblings.
+    token's logits `sampled[i]` draws from: a prompt's first logits serve all its siblings. Of the
+    chunks `scored` every token's logits are wanted, after those.
     """
 
     chunks: tuple[Chunk, ...]
     sampled: tuple[Sequence, ...]
     sampled_chunks: tuple[int, ...]
     copies: tuple[PageCopy, ...]
+    scored: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -90,7 +92,8 @@ class Scheduler:
             if end == len(sequence.tokens):  # its last token's logits give the next
                 sampled += [sequence, *sequence.siblings]
                 sampled_chunks += [index] * (1 + len(sequence.siblings))
-        return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies))
+        scored = tuple(index for index, chunk in enumerate(chunks) if chunk.sequence.scores_prompt)
+        return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies), scored)
 
     def accept(self, schedule: Schedule, tokens: Iterable[int]) -> None:
         """Write a step back: what was computed, and `tokens[i]` for `schedule.sampled[i]`."""
@@ -124,7 +127,8 @@ class Scheduler:
             if 1 + len(sequence.siblings) > seats:
                 return
             if sequence.prefix is None:
-                sequence.prefix = self.cache.prefix(sequence.tokens, sequence.request.cache_salt)
+                known = () if sequence.scores_prompt else sequence.tokens
+                sequence.prefix = self.cache.prefix(known, sequence.request.cache_salt)
             pages = self.cache.acquire(sequence.prefix)
             computed = len(pages.pages) * self.cache.page_size
             if self.cache.missing(pages, computed, len(sequence.tokens)) > self.cache.available:
