@@ -60,12 +60,16 @@ PREFILL = tuple(
         "cuda_split_kv",
         "cuda_async",
         "triton_fused",
+        "cuda_hopper",
     )
 )
-DECODE = tuple(Rung("decode", name) for name in ("torch_grouped",))
+DECODE = tuple(
+    Rung("decode", name)
+    for name in ("torch_grouped", "cuda_single", "cuda_split", "triton_split", "cuda_paged")
+)
 
 FASTEST_FIRST = {
-    "prefill": ("prefill/cuda_async", "prefill/torch_sdpa", "prefill/torch_naive"),
+    "prefill": ("prefill/cuda_hopper", "prefill/cuda_async", "prefill/torch_sdpa", "prefill/torch_naive"),
     "decode": ("prefill/cuda_async", "decode/torch_grouped", "prefill/torch_sdpa", "prefill/torch_naive"),
 }
 """What `kernel="auto"` tries, by the problem's phase. The order is measured: docs/ladder.md."""

@@ -1,0 +1,197 @@
+"""What is the Hopper rung's own: its tilings, its tile counter, rows that share tiles with others' keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from strobe.attention.api import empty_lse
+from strobe.attention.cases import Case, Inputs
+from strobe.attention.check import Verdict, verdict
+from strobe.attention.prefill import cuda_hopper
+from strobe.attention.prefill.cuda_hopper import TILINGS, Tiling
+from strobe.cuda import jit
+
+pytestmark = pytest.mark.gpu
+
+THREE = Tiling(consumers=3, keys=128, q_stages=2)
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_side_by_side() -> None:
+    problems = [
+        (replace(case, head_dim=head_dim).inputs(torch.bfloat16).problem, tiling)
+        for case in LONG
+        for head_dim, tiling in (*TILINGS.items(), (64, THREE))
+    ]
+    sources = [jit.Source(cuda_hopper._SOURCE, cuda_hopper.defines(*each)) for each in problems]
+    jit.warm(sources, "sm_90a")
+
+
+def judge(inputs: Inputs, tiling: Tiling | None = None) -> Verdict:
+    problem = inputs.problem
+    out = torch.full_like(inputs.q, float("nan"), memory_format=torch.contiguous_format)
+    lse = empty_lse(problem, inputs.q).fill_(float("nan"))
+    cuda_hopper.run(problem, inputs.q, inputs.k, inputs.v, out, lse, tiling)
+    return verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
+
+
+LONG = (
+    Case("many_tiles", ((777, 1501),) * 3, q_heads=8, kv_heads=4, causal=True),
+    Case("many_full_tiles", ((513, 900),) * 5, q_heads=16, kv_heads=2),
+    Case("many_windows", ((1300, 1300),) * 2, q_heads=8, kv_heads=8, window=(300, 20)),
+    Case("packed_mix", ((1, 1), (700, 703), (0, 6), (65, 74), (1025, 1037)), layout="packed", causal=True),
+    Case("paged_mix", ((500, 2000), (1, 129), (0, 40)), 8, 2, 64, "paged_packed", 32, causal=True),
+    Case("paged_16", ((512, 1111),) * 2, 8, 2, layout="paged", page_size=16, causal=True),
+    Case("paged_128", ((300, 1111),) * 2, 8, 2, layout="paged", page_size=128),
+    Case("long_softcap_sinks", ((600, 1000),), 8, 2, softcap=20.0, sinks=True, causal=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", cuda_hopper.HEAD_DIMS)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_rows(case: Case, head_dim: int) -> None:
+    judged = judge(replace(case, head_dim=head_dim).inputs(torch.bfloat16, "cuda"))
+    assert judged.right, judged
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_three_consumers(case: Case) -> None:
+    judged = judge(case.inputs(torch.bfloat16, "cuda"), THREE)
+    assert judged.right, judged
+
+
+@pytest.mark.parametrize("toward", ["first", "last"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_maxima_that_keep_growing(toward: str, head_dim: int) -> None:
+    """Each key tile outgrows the one before it by more than 16 bits hold, so every step must rescale."""
+    inputs = Case("growing", ((200, 1500),), 4, 2, head_dim, causal=True).inputs(torch.bfloat16, "cuda")
+    slope = torch.linspace(0, 60, 1500, device="cuda")[:, None, None]
+    inputs.q[:], inputs.k[:] = (
+        inputs.q.abs(),
+        inputs.k.abs() * (slope if toward == "last" else slope.flip(0)) / 8,
+    )
+    judged = judge(inputs)
+    assert judged.right, judged
+
+
+def test_one_row_of_nan_spoils_no_other() -> None:
+    """A packed row's last tile also loads the next row's first keys."""
+    case = Case("neighbours", ((100, 70), (90, 200), (128, 128)), q_heads=4, kv_heads=2, layout="packed")
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    clean = torch.empty_like(inputs.q)
+    cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, clean, None)
+    for tensor in (inputs.k, inputs.v):
+        tensor[70:270] = float("nan")
+    out = torch.empty_like(inputs.q)
+    cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+    assert torch.equal(out[:100], clean[:100])
+    assert torch.equal(out[190:], clean[190:])
+    assert out[100:190].isnan().all()
+
+
+def test_nan_scores_stay_visible() -> None:
+    inputs = Case("nan_key", ((130, 300),), q_heads=2, kv_heads=1).inputs(torch.bfloat16, "cuda")
+    inputs.k[0, 17] = float("nan")
+    out = torch.zeros_like(inputs.q)
+    cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("head_dim", cuda_hopper.HEAD_DIMS)
+def test_same_bits_twenty_times(head_dim: int) -> None:
+    inputs = Case("repeat", ((1500, 1500),) * 2, 16, 8, head_dim, causal=True).inputs(torch.bfloat16, "cuda")
+    runs = []
+    for _ in range(20):
+        out = torch.full_like(inputs.q, float("nan"))
+        cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+        runs.append(out)
+    assert all(torch.equal(runs[0], out) for out in runs[1:])
+
+
+def test_two_streams_at_once() -> None:
+    """Each stream draws its tiles from a counter of its own."""
+    inputs = Case("streams", ((2000, 2000),) * 2, q_heads=16, kv_heads=16, causal=True).inputs(
+        torch.bfloat16, "cuda"
+    )
+    outs = [[torch.full_like(inputs.q, float("nan")) for _ in range(8)] for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in outs]
+    torch.cuda.synchronize()
+    for i in range(8):
+        for stream, mine in zip(streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, mine[i], None)
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, outs[0][0]) for mine in outs for out in mine)
+    assert verdict(inputs.problem, inputs.q, inputs.k, inputs.v, outs[0][0]).right
+
+
+def test_graphs_replayed_beside_eager_calls() -> None:
+    inputs = Case("replayed", ((1000, 1000),) * 4, q_heads=16, kv_heads=4, causal=True).inputs(
+        torch.bfloat16, "cuda"
+    )
+    eager, replayed = (torch.empty_like(inputs.q) for _ in range(2))
+    cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, eager, None)
+    right = eager.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, replayed, None)
+    other = torch.cuda.Stream()
+    for _ in range(5):
+        replayed.fill_(float("nan"))
+        eager.fill_(float("nan"))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            graph.replay()
+        for _ in range(4):
+            cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, eager, None)
+        torch.cuda.synchronize()
+        assert torch.equal(eager, right)
+        assert torch.equal(replayed, right)
+
+
+def test_more_heads_than_a_grid_dimension_holds() -> None:
+    judged = judge(
+        Case("many_heads", ((9, 20),) * 2200, q_heads=32, kv_heads=8, causal=True).inputs(
+            torch.bfloat16, "cuda"
+        )
+    )
+    assert judged.right, judged
+
+
+def test_tensors_beyond_two_to_the_31_elements() -> None:
+    """The last queries of a window see only the last keys: compare with these alone."""
+    length, heads, near = (1 << 18) + 100, 64, 400
+    inputs = Case("huge", ((length, length),), heads, heads, 128, window=(127, 0)).inputs(
+        torch.bfloat16, "cuda"
+    )
+    assert inputs.q.numel() > 2**31
+    out = torch.full_like(inputs.q, float("nan"))
+    cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+    tail = Inputs(inputs.q[:, -200:], inputs.k[:, -near:], inputs.v[:, -near:], inputs.options)
+    judged = verdict(tail.problem, tail.q, tail.k, tail.v, out[:, -200:])
+    assert judged.right, judged
+    assert not out[:, :: length // 50].isnan().any()
+
+
+def test_expanded_inputs() -> None:
+    inputs = Case("expanded", ((150, 150),) * 3, q_heads=6, kv_heads=6).inputs(torch.float16, "cuda")
+    one = Inputs(
+        inputs.q, inputs.k[:1].expand(3, -1, -1, -1), inputs.v[:, :, :1].expand(-1, -1, 6, -1), inputs.options
+    )
+    judged = judge(one)
+    assert judged.right, judged
+
+
+def test_every_tiling_fits_shared_memory() -> None:
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    assert all(tiling.shared_bytes(head_dim) <= limit for head_dim, tiling in TILINGS.items())
