@@ -18,8 +18,8 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
 
 IDEA = "queries of one key head as rows of one product, keys gathered into buffers that layers share"
 
-_SHORT = 256
-"""Rows up to this many keys share a call whatever their lengths: a call costs more than its padding."""
+_PART_TOKENS = 2048
+"""Keys gathered at once: with their values they fit the second-level cache (2 MiB at 128 floats a token)."""
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -55,7 +55,7 @@ def run(
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     for part in _parts(problem, k):
         answer = F.scaled_dot_product_attention(
-            q if part.rows is None else q[part.rows],
+            q if part.rows is None else q.index_select(0, part.rows),
             part.gather(k, part.k),
             part.gather(v, part.v),
             attn_mask=part.mask,
@@ -64,7 +64,7 @@ def run(
         if part.rows is None:
             out.copy_(answer)
         else:
-            out[part.rows] = answer
+            out.index_copy_(0, part.rows, answer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,8 @@ class _Part:
     """Rows of similar length, padded to the longest. `rows` None stands for all.
 
     `at` are slots of the cache, `[rows * kv_len]`, or a slice where they lie in a row already. Padding
-    points at the row's first key, which `mask` (float32 `[rows, 1, 1, kv_len]`) hides. `k` and `v` are
-    the buffers, `[rows * kv_len, kv_heads, head_dim]`.
+    points at the row's first key, which `mask` (q's dtype, `[rows, 1, 1, kv_len]`) hides. `k` and `v` are
+    the buffers, `[rows * kv_len, kv_heads, head_dim]`, which all parts share.
     """
 
     rows: torch.Tensor | None
@@ -97,34 +97,49 @@ def _parts(problem: AttentionProblem, k: torch.Tensor) -> list[_Part]:
     key = f"torch_grouped {problem.window}"
     if key not in layout.scratch:
         lens, table = np.array(layout.host_lens), layout.page_table.numpy()
-        size = np.frexp(np.maximum(lens, _SHORT))[1]
-        groups = [np.flatnonzero(size == each) for each in np.unique(size)]
-        layout.scratch[key] = [
-            _part(problem, rows if len(groups) > 1 else None, lens[rows], table[rows], k) for rows in groups
-        ]
+        members = _split(lens)
+        padded = max(len(rows) * int(lens[rows].max()) for rows in members)
+        buffers = [k.new_empty(padded, *k.shape[1:]) for _ in range(2)]
+        parts = [_part(problem, rows, lens[rows], table[rows], buffers) for rows in members]
+        layout.scratch[key] = parts
     return layout.scratch[key]
 
 
+def _split(lens: np.ndarray) -> list[np.ndarray]:
+    """All rows as they stand where they fit `_PART_TOKENS`, else cut by length, the shortest rows first."""
+    if len(lens) * lens.max() <= _PART_TOKENS:
+        return [np.arange(len(lens))]
+    order = np.argsort(lens, kind="stable")
+    parts, first = [], 0
+    for end in range(1, len(order)):
+        if (end + 1 - first) * lens[order[end]] > _PART_TOKENS:
+            parts.append(order[first:end])
+            first = end
+    return [*parts, order[first:]]
+
+
 def _part(
-    problem: AttentionProblem, rows: np.ndarray | None, lens: np.ndarray, table: np.ndarray, k: torch.Tensor
+    problem: AttentionProblem,
+    rows: np.ndarray,
+    lens: np.ndarray,
+    table: np.ndarray,
+    buffers: list[torch.Tensor],
 ) -> _Part:
+    k_buffer, v_buffer = buffers
     page_size, longest = problem.page_size, int(lens.max())
     pages = table[:, : -(-longest // page_size)].astype(np.int64)
-    at = (pages[:, :, None] * page_size + np.arange(page_size)).reshape(len(lens), -1)[:, :longest]
+    index = torch.from_numpy(rows) if len(rows) < problem.batch else None
     key, mask = np.arange(longest), None
     seen = key < lens[:, None]
     if problem.window[0] != UNLIMITED:
         seen &= key >= (lens - 1 - problem.window[0])[:, None]
     if not seen.all():
-        at = np.where(key < lens[:, None], at, at[:, :1])
-        mask = torch.zeros(seen.shape, dtype=k.dtype)
-        mask.masked_fill_(torch.from_numpy(~seen), -torch.inf)
-        mask = mask[:, None, None]
-    slots: torch.Tensor | slice
-    if len(lens) == 1 and at[0, -1] - at[0, 0] == longest - 1 and (np.diff(at[0]) == 1).all():
-        slots, k_buffer, v_buffer = slice(int(at[0, 0]), int(at[0, 0]) + longest), k[:0], k[:0]
-    else:
-        slots = torch.from_numpy(np.ascontiguousarray(at).reshape(-1))
-        k_buffer, v_buffer = (k.new_empty(len(lens) * longest, *k.shape[1:]) for _ in range(2))
-    index = None if rows is None else torch.from_numpy(rows)
-    return _Part(index, len(lens), slots, mask, k_buffer, v_buffer)
+        hidden = torch.from_numpy(~seen)
+        mask = k_buffer.new_zeros(seen.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
+    if len(lens) == 1 and (pages[0] == np.arange(pages[0, 0], pages[0, 0] + pages.shape[1])).all():
+        first = int(pages[0, 0]) * page_size
+        return _Part(index, 1, slice(first, first + longest), mask, k_buffer, v_buffer)
+    at = (pages[:, :, None] * page_size + np.arange(page_size)).reshape(len(lens), -1)[:, :longest]
+    at = np.where(key < lens[:, None], at, at[:, :1]).reshape(-1)
+    size = len(at)
+    return _Part(index, len(lens), torch.from_numpy(at), mask, k_buffer[:size], v_buffer[:size])
