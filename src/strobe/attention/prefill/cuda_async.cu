@@ -68,7 +68,7 @@ struct Block {
   Mask mask;
   KeyTiles tiles;
   int batch, kv_head, q_start, rows, first_row;
-  int load_end;  // keys from here on are not needed
+  int load_end;  // keys from here on are not read
 
   __device__ __forceinline__ void find(const Params& p) {
     const auto [sequence, q_tile] = TileOrder{p.q_tiles, p.sequences, p.section}.at(blockIdx.x);
@@ -142,7 +142,8 @@ struct Warp {
 #endif
   }
 
-  // scores = Q Kᵀ over the tile of keys at `keys`. `beside(part, parts)` is work to be done between the products.
+  // scores = Q Kᵀ over the tile of keys at `keys` (docs/math.md, equation 1, without its scale).
+  // `beside(part, parts)` is work to be done between the products.
   template <typename Beside>
   __device__ __forceinline__ void score(u32 keys, Scores& scores, const Beside& beside) const {
 #pragma unroll
@@ -176,7 +177,7 @@ struct Warp {
       }
   }
 
-  // out += softmax(scores) V over the tile of values at `values`
+  // out += exp(scores) V over the tile of values at `values` (equation 5)
   __device__ __forceinline__ void accumulate(u32 values, const Scores& scores, float scale) {
     softmax.observe(scores, scale, out);
 #pragma unroll
@@ -199,7 +200,7 @@ struct Warp {
   }
 };
 
-// softcap x tanh(score / softcap), up to the factor that `scale_log2` holds
+// softcap x tanh(score / softcap), up to the factor that `scale_log2` holds (equation 4)
 __device__ __forceinline__ void cap_scores(Scores& scores, float softcap_scale) {
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
@@ -336,9 +337,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(cons
       const int tile = block.tiles.begin + done;
       const u32 stage = stages + done % STAGES * STAGE_BYTES;
       const TileCopy next(p, block, tile + STAGES - 1, stages + (done + STAGES - 1) % STAGES * STAGE_BYTES);
-      const int key = tile * K_TILE, row = block.first_row + warp_first, last_row = min(row + WARP_ROWS, block.rows) - 1;
-      if (row > last_row || (masked && (key >= block.mask.end(last_row / GROUP) || key + K_TILE <= block.mask.first(row / GROUP)))) {
-        next.part(0, 1);
+      const int key = tile * K_TILE;
+      const int row = block.first_row + warp_first, last_row = min(row + WARP_ROWS, block.rows) - 1;
+      if (row > last_row || (masked && (key >= block.mask.end(last_row / GROUP) ||
+                                        key + K_TILE <= block.mask.first(row / GROUP)))) {
+        next.part(0, 1);  // this warp has nothing to do here but its share of the copies
         commit_copies();
         continue;
       }

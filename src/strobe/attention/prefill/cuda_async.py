@@ -146,6 +146,7 @@ _STATIC_BYTES = 256
 """Room for the kernel's `Block`."""
 
 
+@cache
 def choose_tile(head_dim: int, arch: int) -> Tile:
     """The first tile of TILES whose blocks fit an SM's shared memory together."""
     candidates = next(tiles for largest, tiles in TILES.items() if head_dim <= largest)

@@ -33,7 +33,7 @@ _CONFIGS = [
     _config(128, 64, 8, 2),
     _config(64, 32, 4, 2),
 ]
-"""What is timed at the first call of each kind. On an H200 the first wins at head_dim 128, the second at 64."""
+"""Timed at the first call of each kind. On an H200 the first wins at head_dim 128, the second at 64."""
 if knobs.runtime.interpret:  # nothing to time
     _CONFIGS = [_config(32, 32, 4, 1)]
 
@@ -41,7 +41,7 @@ if knobs.runtime.interpret:  # nothing to time
 def _fitting(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """Those whose tiles of 16-bit elements fit a block's shared memory: the others are not worth compiling."""
+    """Those whose tiles of 16-bit elements fit shared memory: the others are not worth compiling."""
     room = torch.cuda.get_device_properties(arguments["out"].device).shared_memory_per_block_optin
 
     def taken(config: triton.Config) -> int:
@@ -131,10 +131,11 @@ def attend(
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     valid = row < q_len
-    out_at = out + head * out_head_stride + (q_row * out_row_stride if PACKED else batch * out_batch_stride)
-    at = row[:, None] * out_row_stride + tl.arange(0, HEAD_DIM)[None, :]
+    out_at = out + head * out_head_stride
+    out_at += q_row.to(tl.int64) * out_row_stride if PACKED else batch.to(tl.int64) * out_batch_stride
+    at = row.to(tl.int64)[:, None] * out_row_stride + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(out_at + at, acc.to(out.dtype.element_ty), mask=valid[:, None])
     if WITH_LSE:
         natural = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
-        lse_at = lse + head * lse_head_stride + (q_row if PACKED else batch * lse_batch_stride)
+        lse_at = lse + head * lse_head_stride + (q_row if PACKED else batch.to(tl.int64) * lse_batch_stride)
         tl.store(lse_at + row, natural, mask=valid)

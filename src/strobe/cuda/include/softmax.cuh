@@ -1,4 +1,4 @@
-// Online softmax on mma accumulators (docs/math.md): a running reference and sum for each row.
+// Online softmax on mma accumulators (docs/math.md, equation 5): a running reference and sum for each row.
 #pragma once
 
 #include "reduce.cuh"
