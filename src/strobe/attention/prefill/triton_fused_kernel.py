@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from strobe import device
 
 __all__ = ["TensorDescriptor", "attend"]
 
@@ -42,7 +43,7 @@ def _fitting(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
     """Those whose tiles of 16-bit elements fit shared memory: the others are not worth compiling."""
-    room = torch.cuda.get_device_properties(arguments["out"].device).shared_memory_per_block_optin
+    room = device.gpu(arguments["out"].get_device()).shared_memory_per_block
 
     def taken(config: triton.Config) -> int:
         tiles = config.kwargs
