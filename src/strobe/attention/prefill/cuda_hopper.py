@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ IDEA = (
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _FAR = 1 << 30
+_LOG2E = math.log2(math.e)
 _ROWS = 64
 _STAGES = 2
 _BARRIERS_BYTES = 2048
@@ -128,12 +129,13 @@ def run(
     tiling = tiling or choose_tiling(problem)
     device = q.get_device()
     attend = jit.kernel(_SOURCE, "attend", defines(problem, tiling), device)
-    q, k, v, room = _copyable(q), _copyable(k), _copyable(v), dense.aligned(out)
+    box = min(tiling.keys, problem.page_size or tiling.keys)
+    q, q_map = _mapped(q, _ROWS, True)
+    k, k_map = _mapped(k, box, not problem.paged) if k.numel() else (k, q_map)
+    v, v_map = _mapped(v, box, not problem.paged) if v.numel() else (v, q_map)
+    room = dense.aligned(out)
     sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
     params = _params(problem, tiling, room, lse, sinks)
-    box = min(tiling.keys, problem.page_size or tiling.keys)
-    q_map = _tensor_map(q, _ROWS, whole=True)
-    k_map, v_map = (_tensor_map(t, box, whole=not problem.paged) if t.numel() else q_map for t in (k, v))
     attend(
         grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
         block=tiling.threads,
@@ -198,16 +200,15 @@ def _params(
         kv_len=problem.kv_len,
         left=left,
         right=right,
-        scale_log2=(problem.softcap or scale) * math.log2(math.e),
+        scale_log2=(problem.softcap or scale) * _LOG2E,
         softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
     )
-    params.out_row_stride, params.out_head_stride = out.stride(-3), out.stride(-2)
-    if not problem.packed_q:
-        params.out_batch_stride = out.stride(0)
+    *batch_stride, params.out_row_stride, params.out_head_stride, _ = out.stride()
+    params.out_batch_stride = sum(batch_stride)  # none where q is packed
     if lse is not None:
-        params.lse, params.lse_head_stride = lse.data_ptr(), lse.stride(-2)
-        if not problem.packed_q:
-            params.lse_batch_stride = lse.stride(0)
+        params.lse = lse.data_ptr()
+        *batch_stride, params.lse_head_stride, _ = lse.stride()
+        params.lse_batch_stride = sum(batch_stride)
     if sinks is not None:
         params.sinks = sinks.data_ptr()
     if isinstance(layout, Packed):
@@ -223,32 +224,44 @@ def _params(
 
 def _section(problem: AttentionProblem) -> int:
     """Query heads whose tiles are mixed, longest first: as many as fit L2, where tiles differ in length."""
-    key_heads = _SECTION_BYTES // (4 * problem.head_dim * max(1, problem.kv_len)) if problem.masked else 1
-    return problem.group * max(1, key_heads)
+    if not problem.masked:
+        return problem.group
+    key_heads = _SECTION_BYTES // (4 * problem.head_dim * max(1, problem.kv_len))
+    return min(problem.batch * problem.q_heads, problem.group * max(1, key_heads))
 
 
-def _copyable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the copy engine can read it: rows on 16 bytes, and no dimension expanded."""
-    expanded = any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.clone(memory_format=torch.contiguous_format) if expanded else dense.aligned(tensor)
+def _mapped(tensor: torch.Tensor, rows: int, whole: bool) -> tuple[torch.Tensor, jit.TensorMap]:
+    """The tensor and its map, or where the copy engine cannot read it, a copy's."""
+    while (
+        found := _tensor_map(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), rows, whole)
+    ) is None:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor, found
 
 
-def _tensor_map(tensor: torch.Tensor, rows: int, *, whole: bool) -> jit.TensorMap:
+@lru_cache(maxsize=4096)
+def _tensor_map(
+    pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, whole: bool
+) -> jit.TensorMap | None:
     """Boxes of `rows` rows of one head of `[batch or page, row, head, dim]` or packed `[row, head, dim]`:
     `whole` rows, as panels of 64 columns (32 where 64 does not divide head_dim) one after the other, or
     one panel. A row of a panel is what the copy engine swizzles.
+
+    None where the engine cannot read the tensor: rows off 16 bytes, or a dimension expanded.
     """
-    head_dim = tensor.shape[-1]
+    head_dim = shape[-1]
     panel = 32 if head_dim % 64 else 64
-    batch, length, heads, _ = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    batch_stride, row_stride, head_stride = ((0,) * (4 - tensor.dim()) + tensor.stride())[:3]
+    batch, length, heads, _ = (1,) * (4 - len(shape)) + tuple(shape)
+    batch_stride, row_stride, head_stride, _ = (0,) * (4 - len(shape)) + tuple(strides)
     sizes = (panel, length, head_dim // panel, heads, batch)
-    strides = (row_stride, panel, head_stride, batch_stride)
+    elements_apart = (row_stride, panel, head_stride, batch_stride)
     # The driver checks the stride even of a dimension of one element.
-    apart = tuple(2 * stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides, strict=True))
+    apart = [2 * n if size > 1 else 16 for size, n in zip(sizes[1:], elements_apart, strict=True)]
+    if pointer % 16 or any(n % 16 or n == 0 for n in apart):
+        return None
     box = (panel, rows, head_dim // panel if whole else 1, 1, 1)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return jit.tensor_map(tensor.data_ptr(), dtype, sizes, apart, box, swizzle=2 * panel)
+    name = str(dtype).removeprefix("torch.")
+    return jit.tensor_map(pointer, name, sizes, tuple(apart), box, swizzle=2 * panel)
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}
