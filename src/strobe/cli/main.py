@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from strobe import __version__, settings
-from strobe.cli import bench, cache, chat, console, env, explain, generate, ladder, verify
+from strobe.cli import bench, cache, chat, console, env, explain, generate, ladder, serve, verify
 from strobe.errors import StrobeError, did_you_mean
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("verify")(verify.verify)
 app.command("explain")(explain.explain)
 app.command("env")(env.env)

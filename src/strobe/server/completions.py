@@ -1,0 +1,203 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from strobe.engine.request import Metrics, StreamChunk, TokenLogprobs
+from strobe.server.answers import Completion, PromptDetails, TextChoice, TextLogprobs, Usage
+from strobe.server.bridge import Stream
+from strobe.server.errors import ApiError
+from strobe.server.replies import Event, EventReply, JsonReply
+from strobe.server.schema import CompletionRequest
+from strobe.server.service import Service
+
+
+@dataclass(eq=False)
+class _Choice:
+    """One output on its way to the client."""
+
+    prompt: str
+    """What `echo` puts before the text."""
+    prompt_ids: tuple[int, ...]
+    prompt_logprobs: list[TokenLogprobs]
+    offset: int = 0
+    """Characters of all tokens so far, for `text_offset`."""
+    begun: bool = False
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+
+
+class CompletionRun:
+    """One call of /v1/completions, once its prompts are in the queue."""
+
+    def __init__(self, service: Service, body: CompletionRequest, model: str, texts: Sequence[str]) -> None:
+        self.service = service
+        self.body = body
+        self.texts = texts
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.metrics: list[Metrics] = []
+
+    @property
+    def silent(self) -> bool:
+        """True where the prompt alone is wanted back: the engine still draws one token."""
+        return self.body.max_tokens == 0
+
+    def begin(self, stream: Stream) -> None:
+        """Keep one `_Choice` for each prompt and output."""
+        self.stream = stream
+        self.choices = [
+            _Choice(text, request.prompt_token_ids, request.prompt_logprobs)
+            for text, request in zip(self.texts, stream.requests, strict=True)
+            for _ in range(self.body.n or 1)
+        ]
+
+    async def whole(self) -> Completion:
+        """The answer in one piece."""
+        done: dict[int, TextChoice] = {}
+        try:
+            async for chunk in self.stream:
+                done[self._index(chunk)] = self._choice(chunk)
+        finally:
+            self.stream.close()
+        return Completion(**self.head, choices=[done[i] for i in sorted(done)], usage=self._usage())
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """The answer in pieces, one for each token that settles text."""
+        try:
+            async for chunk in self.stream:
+                choice = self._choice(chunk)
+                if choice.text or choice.finish_reason or choice.token_ids or choice.logprobs:
+                    yield Completion(**self.head, choices=[choice]).model_dump(exclude={"usage"})
+        finally:
+            self.stream.close()
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            yield Completion(**self.head, choices=[], usage=self._usage()).model_dump()
+
+    def _index(self, chunk: StreamChunk) -> int:
+        return self.stream.index_of[chunk.request_id] * (self.body.n or 1) + chunk.index
+
+    def _choice(self, chunk: StreamChunk) -> TextChoice:
+        if chunk.metrics is not None:
+            self.metrics.append(chunk.metrics)
+        index = self._index(chunk)
+        state = self.choices[index]
+        text, token_ids, logprobs = chunk.text, chunk.token_ids, list(chunk.logprobs)
+        if self.silent:
+            text, token_ids, logprobs = "", (), []
+        first, state.begun = not state.begun, True
+        echoed = first and self.body.echo
+        wants_ids = self.body.return_token_ids
+        return TextChoice(
+            index=index,
+            text=state.prompt + text if echoed else text,
+            logprobs=None
+            if self.body.logprobs is None
+            else self._logprobs(state, [*(state.prompt_logprobs if echoed else ()), *logprobs], echoed),
+            finish_reason=chunk.finish_reason if chunk.finish_reason != "abort" else None,
+            stop_reason=chunk.stop_reason,
+            token_ids=list(token_ids) if wants_ids else None,
+            prompt_token_ids=list(state.prompt_ids) if wants_ids and first else None,
+        )
+
+    def _logprobs(self, state: _Choice, entries: Sequence[TokenLogprobs], echoed: bool) -> TextLogprobs:
+        told = TextLogprobs()
+        if echoed:
+            self._tell(state, told, state.prompt_ids[0], None, None)
+        for entry in entries:
+            top = {self.service.token_text(token): logprob for token, logprob in entry.top}
+            top.setdefault(self.service.token_text(entry.token_id), entry.logprob)
+            self._tell(state, told, entry.token_id, entry.logprob, top)
+        return told
+
+    def _tell(
+        self,
+        state: _Choice,
+        told: TextLogprobs,
+        token_id: int,
+        logprob: float | None,
+        top: dict[str, float] | None,
+    ) -> None:
+        text = self.service.token_text(token_id)
+        told.text_offset.append(state.offset)
+        told.tokens.append(text)
+        told.token_logprobs.append(logprob)
+        told.top_logprobs.append(top)
+        state.offset += 0 if token_id in self.service.tokenizer.special_ids else len(text)
+
+    def _usage(self) -> Usage:
+        prompt = sum(metrics.prompt_tokens for metrics in self.metrics)
+        written = 0 if self.silent else sum(metrics.output_tokens for metrics in self.metrics)
+        cached = sum(metrics.cached_tokens for metrics in self.metrics)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=written,
+            total_tokens=prompt + written,
+            prompt_tokens_details=PromptDetails(cached_tokens=cached),
+        )
+
+
+async def complete(service: Service, body: CompletionRequest, api_key: str | None) -> EventReply | JsonReply:
+    """Queue the prompts, and answer in one piece or in many.
+
+    Raises:
+        ApiError: the body cannot be served, or there is no room; nothing was queued.
+    """
+    model = service.check_model(body.model)
+    service.bridge.check_room()
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, "best_of: supported where it is n", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens")
+    prompts = await _prompts(service, body)
+    grammar = await service.grammar(body)
+    max_tokens = 16 if body.max_tokens is None else max(1, body.max_tokens)
+    params = service.params(
+        body,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=grammar,
+    )
+    run = CompletionRun(service, body, model, await _echoes(service, body, prompts))
+    streams = bool(body.stream)
+    requests = [service.request(prompt, params, stream=streams, api_key=api_key) for prompt in prompts]
+    run.begin(service.bridge.submit(requests))
+    return EventReply(run.events()) if streams else JsonReply(run.whole())
+
+
+async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    """The prompts' token ids."""
+    given = body.prompt
+    if isinstance(given, str):
+        prompts = [await service.encode(given, "prompt")]
+    elif isinstance(given[0], int):
+        prompts = [given]
+    else:
+        prompts = [
+            await service.encode(prompt, f"prompt[{index}]") if isinstance(prompt, str) else prompt  # type: ignore[misc]
+            for index, prompt in enumerate(given)
+        ]
+    for index, prompt in enumerate(prompts):
+        service.check_length(len(prompt), "prompt" if len(prompts) == 1 else f"prompt[{index}]")
+    return prompts
+
+
+async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The prompts as text, where they are wanted back."""
+    if not body.echo:
+        return [""] * len(prompts)
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    return [
+        given if isinstance(given, str) else await service.in_thread(service.tokenizer.decode, ids)
+        for given, ids in zip(body.prompt if len(prompts) > 1 else prompts, prompts, strict=True)
+    ]

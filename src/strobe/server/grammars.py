@@ -1,0 +1,164 @@
+"""Constrained output by llguidance: schemas, regexes and choices compiled off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from strobe.checkpoints.tokenizer import Tokenizer
+from strobe.errors import MissingExtraError
+from strobe.server.errors import ApiError
+
+COMPILE_S = 5.0
+"""Longest that a client's grammar may take to compile."""
+CACHED = 64
+"""Compiled grammars that are kept."""
+_WHITESPACE = r"[ \n]{0,8}"
+"""Between the parts of a JSON text: a model that likes blanks must not write them for ever."""
+
+
+class LlgGrammar:
+    """A compiled grammar; see `strobe.engine.grammar`."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+
+    def matcher(self) -> LlgMatcher:
+        return LlgMatcher(self._start.deep_copy())
+
+
+class LlgMatcher:
+    """One sequence's place in a grammar. Its work a token is bounded by llguidance's own limits."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    @property
+    def finished(self) -> bool:
+        return self._state.is_stopped()
+
+    @property
+    def failed(self) -> bool:
+        return self._state.is_error()
+
+    def allowed(self) -> np.ndarray:
+        bits = np.frombuffer(self._state.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little").view(bool)
+        if not allowed.any():  # it has failed, and says so after the next token
+            allowed = np.ones_like(allowed)
+        return allowed
+
+    def accept(self, token_id: int) -> None:
+        self._state.consume_token(token_id)
+
+
+class Grammars:
+    """Compiles for one tokenizer, and keeps what it compiled last."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
+        self._threads = ThreadPoolExecutor(2, "strobe-grammar")
+        self._kept: OrderedDict[tuple[str, str], LlgGrammar] = OrderedDict()
+
+    async def json_schema(self, schema: dict[str, Any], param: str) -> LlgGrammar:
+        """A text that is JSON of this schema. Raises ApiError 400 where the schema cannot be kept to."""
+        return await self._get("schema", json.dumps(schema, sort_keys=False), param)
+
+    async def regex(self, pattern: str, param: str) -> LlgGrammar:
+        """A text that the regex matches as a whole."""
+        return await self._get("regex", pattern, param)
+
+    async def choice(self, texts: Sequence[str], param: str) -> LlgGrammar:
+        """One of these texts."""
+        return await self._get("regex", "|".join(f"(?:{re.escape(text)})" for text in texts), param)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _get(self, kind: str, source: str, param: str) -> LlgGrammar:
+        key = (kind, source)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        if not self._eos_ids:
+            raise ApiError(400, f"{param}: this model has no token that ends a text", param=param)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, self._compile, kind, source)
+        try:
+            state, fault = await asyncio.wait_for(work, COMPILE_S)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                400,
+                f"{param}: takes more than {COMPILE_S:g} s to compile",
+                param=param,
+                code="grammar_timeout",
+            ) from None
+        if fault is not None:
+            raise ApiError(400, f"{param}: {fault}", param=param, code="invalid_grammar")
+        grammar = self._kept[key] = LlgGrammar(state)
+        while len(self._kept) > CACHED:
+            self._kept.popitem(last=False)
+        return grammar
+
+    def _compile(self, kind: str, source: str) -> tuple[Any, str | None]:
+        """A matcher, and what is wrong with the grammar."""
+        matcher = self._library.LLMatcher
+        try:
+            if kind == "schema":
+                overrides = {"whitespace_pattern": _WHITESPACE}
+                text = matcher.grammar_from_json_schema(source, overrides=overrides)
+            else:
+                text = matcher.grammar_from_regex(source)
+            limits = self._library.LLParserLimits(verbose_errors=False)
+            state = matcher(self._vocabulary, text, log_level=0, limits=limits)
+        except ValueError:
+            return None, f"not a {kind} that can be compiled"
+        if state.is_error():
+            return None, _first_line(state.get_error())
+        return state, None
+
+    @cached_property
+    def _library(self) -> Any:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise MissingExtraError.of("llguidance", "server") from error
+        return llguidance
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        return self._library.LLTokenizer(
+            self._library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)),
+            eos_token=self._eos_ids,
+        )
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        special = tokenizer.special_ids
+        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]
+        self.special_token_ids = sorted(token for token in special if token < vocab_size)
+        self.bos_token_id = tokenizer.bos_id
+        self.eos_token_id = eos_ids[0]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", "replace")
+        return self._encode(text, add_special=False)
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().partition("\n")[0]
+    return line[:200]
