@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 from strobe.checkpoints import GenerationDefaults, load
+from strobe.checkpoints.huggingface_config import model_config
 from strobe.models.config import Rope
 
 
@@ -60,6 +62,19 @@ def test_older_rope_keys(tmp_path, formats):
     assert load(tmp_path, device="cpu").config.rope == Rope(2e4, "linear", 3.0)
     path.write_text(json.dumps({**values, "rope_theta": 2e4, "rope_scaling": None}))
     assert load(tmp_path, device="cpu").config.rope == Rope(2e4)
+
+
+def test_windows_of_configs_without_layer_types():
+    """Older Qwen2 configs say from which layer on the window holds; newer ones name each layer's kind."""
+    sizes = {"num_hidden_layers": 5, "sliding_window": 7, "max_window_layers": 3, "use_sliding_window": True}
+    newer = {**transformers.Qwen2Config(**sizes).to_dict(), "architectures": ["Qwen2ForCausalLM"]}
+    older = {key: value for key, value in newer.items() if key != "layer_types"}
+    configs = [model_config(Path("config.json"), values, {}) for values in (newer, older)]
+    assert configs[0] == configs[1]
+    assert [configs[0].window(layer)[0] for layer in range(5)] == [-1, -1, -1, 6, 6]
+    assert (
+        model_config(Path("config.json"), {**older, "use_sliding_window": False}, {}).sliding_window is None
+    )
 
 
 @pytest.mark.parametrize(
