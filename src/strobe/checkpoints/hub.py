@@ -24,7 +24,7 @@ def fetch(name: str) -> Path:
         CheckpointError: no such repository, no access, or no network.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
