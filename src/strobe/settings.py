@@ -47,6 +47,12 @@ def _kernel(text: str) -> str:
     return text
 
 
+def _kernels(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_]+(,[a-z0-9_]+)*", text):
+        raise ValueError("auto or a kernel's name; several, by comma: the first that fits")
+    return text
+
+
 def _log_level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(", ".join(LOG_LEVELS))
@@ -66,7 +72,7 @@ class Settings:
     cache_dir: Path = _setting(_platform_cache_dir, _path, "folder of compiled kernels")  # noqa: RUF009
     device: str = _setting("auto", _device, "device of models: auto, cpu, cuda or cuda:N")
     kernel: str = _setting("auto", _kernel, "attention kernel of the engine")
-    linear: str = _setting("auto", _kernel, "matmul kernel of the engine")
+    linear: str = _setting("auto", _kernels, "matmul kernel of the engine")
     log_level: str = _setting("warning", _log_level, f"least that is logged: {', '.join(LOG_LEVELS)}")
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     """Field name → "flag --x" or "STROBE_X"; what is absent is the default."""

@@ -14,7 +14,9 @@ from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 
 CPU_RUNGS = [
-    rung for rung in (*ladder.PREFILL, *ladder.DECODE) if not rung.name.startswith(("cuda_", "triton_"))
+    rung
+    for rung in (*ladder.PREFILL, *ladder.DECODE)
+    if "cuda_" not in rung.name and "triton_" not in rung.name
 ]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

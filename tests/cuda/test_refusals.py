@@ -158,3 +158,16 @@ def test_linear_rungs_refuse_by_name() -> None:
     assert cuda_gemv.refusals(linear(tokens=9)) == ["9 tokens; supported: up to 8"]
     assert cuda_gemv.refusals(linear(inputs=12)) == ["inputs 12; supported: multiples of 8"]
     assert cuda_matmul_naive.refusals(linear(tokens=600_000)) == ["600000 tokens; supported: up to 524280"]
+
+
+def test_softmax_between_products_takes_any_layout_of_two_bytes_an_element() -> None:
+    rung = importlib.import_module("strobe.attention.prefill.torch_cuda_softmax")
+    for layout in ({}, {"layout": PACKED}, {"layout": PAGED, "page_size": 16}):
+        assert rung.refusals(problem(window=(32, 0), return_lse=True, **layout)) == []
+    assert rung.refusals(problem(device="cpu", arch=0)) == ["tensors on cpu; needs an NVIDIA GPU"]
+    assert rung.refusals(problem(arch=75)) == ["compute capability 7.5; supported: 8.0 and up"]
+    assert rung.refusals(problem(dtype="float32")) == ["dtype float32; supported: float16, bfloat16"]
+    assert rung.refusals(problem(softcap=3.0, sinks=torch.zeros(4))) == [
+        "softcap; supported: none",
+        "sinks; supported: none",
+    ]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strobe import linear
-from strobe.errors import ProblemError, UnknownNameError
+from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 from strobe.linear import ladder
 from strobe.linear.problem import LinearProblem
 
@@ -58,6 +58,21 @@ def test_any_layout_on_a_cpu(inputs, outputs, tokens):
     x, plain = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
     weight = linear.empty_weight(outputs, inputs, device="cpu", dtype=torch.float32)
     torch.testing.assert_close(linear.apply(x, weight.copy_(plain)), linear.apply(x, plain))
+
+
+def test_several_kernels_are_tried_in_order():
+    names = "cuda_gemv,torch_onednn,torch_linear"
+    assert ladder.choose(LinearProblem(1, 64, 64, "float32"), names).name == "torch_linear"
+    on_gpu = {"dtype": "bfloat16", "device": "cuda", "arch": 90}
+    assert ladder.choose(LinearProblem(1, 64, 64, **on_gpu), names).name == "cuda_gemv"
+    assert ladder.choose(LinearProblem(500, 64, 64, **on_gpu), names).name == "torch_linear"
+
+
+def test_several_kernels_never_fall_back_on_another():
+    with pytest.raises(KernelRefusedError, match=r"'cuda_gemv' refuses .*; .*'cuda_matmul_tiled' refuses"):
+        linear.apply(torch.zeros(1, 8), torch.zeros(3, 8), kernel="cuda_gemv,cuda_matmul_tiled")
+    with pytest.raises(UnknownNameError, match="did you mean 'cuda_gemv'"):
+        linear.apply(torch.zeros(1, 8), torch.zeros(3, 8), kernel="torch_linear,cuda_gemm")
 
 
 def test_unknown_kernel_names_the_nearest():

@@ -52,6 +52,7 @@ PREFILL = tuple(
         "torch_naive",
         "torch_online",
         "torch_sdpa",
+        "torch_cuda_softmax",
         "cuda_split",
         "cuda_fused_scalar",
         "cuda_fused_warp",

@@ -24,7 +24,12 @@ Kernel = Annotated[
     str | None, typer.Option("--kernel", help="Attention kernel.", show_default="STROBE_KERNEL, else auto")
 ]
 Linear = Annotated[
-    str | None, typer.Option("--linear", help="Matmul kernel.", show_default="STROBE_LINEAR, else auto")
+    str | None,
+    typer.Option(
+        "--linear",
+        help="Matmul kernel; of several by comma, the first that fits.",
+        show_default="STROBE_LINEAR, else auto",
+    ),
 ]
 KvCacheGib = Annotated[
     float | None, typer.Option("--kv-cache-gib", help="Memory of the KV cache in GiB.", show_default=False)

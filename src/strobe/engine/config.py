@@ -42,6 +42,7 @@ class EngineConfig:
     """Keep the pages of finished requests, and reuse them for prompts that begin alike."""
     attention_kernel: str = "auto"
     linear_kernel: str = "auto"
+    """A rung of `strobe.linear`, or several by comma: each product takes the first that fits it."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
 

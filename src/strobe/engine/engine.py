@@ -17,7 +17,7 @@ from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
 from strobe.engine.sampler import Sampled, Sampler
 from strobe.engine.scheduler import Schedule, Scheduler
-from strobe.errors import OutOfPagesError, RequestError, UnknownNameError
+from strobe.errors import OutOfPagesError, RequestError
 from strobe.linear import ladder as linear_ladder
 from strobe.models.network import Model
 
@@ -52,10 +52,7 @@ class Engine:
     def __init__(self, model: Model, tokenizer: Decoder | None, config: EngineConfig) -> None:
         if config.attention_kernel != "auto":
             ladder.find(config.attention_kernel, "decode")
-        if config.linear_kernel not in ("auto", *linear_ladder.RUNGS):
-            raise UnknownNameError.among(
-                "linear kernel", config.linear_kernel, ["auto", *linear_ladder.RUNGS]
-            )
+        linear_ladder.named(config.linear_kernel)
         plan = plan_pages(model, config)
         self.model = model
         self.tokenizer = tokenizer

@@ -34,7 +34,8 @@ def apply(
         x: `[tokens, inputs]`, contiguous.
         weight: `[outputs, inputs]` of x's dtype; contiguous on a GPU, in any layout on a CPU.
         bias: `[outputs]` or None.
-        kernel: a rung's name, or "auto" for the fastest that fits.
+        kernel: "auto" for the fastest rung that fits, a rung's name, or several as
+            "cuda_gemv,torch_linear": the first that fits.
 
     Returns:
         `[tokens, outputs]` of x's dtype.

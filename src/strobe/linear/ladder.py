@@ -43,26 +43,35 @@ RUNGS = {
 """In teaching order."""
 
 FASTEST_FIRST = ("torch_onednn", "torch_linear")
-"""What `kernel="auto"` tries."""
+"""What `kernel="auto"` tries; the last refuses nothing."""
 
 
-def choose(problem: LinearProblem, kernel: str = "auto") -> Rung:
-    """The rung that runs `problem`: "auto" takes the fastest that refuses nothing; a name never falls back.
+def named(kernel: str) -> tuple[Rung, ...]:
+    """The rungs to try in order: "auto" is `FASTEST_FIRST`, "cuda_gemv,torch_linear" these two.
 
     Raises:
         UnknownNameError: no rung has this name.
-        KernelRefusedError: the named rung cannot run this; each reason is in the message.
     """
-    if kernel == "auto":
-        return next(RUNGS[name] for name in FASTEST_FIRST if not RUNGS[name].refusals(problem))
-    if kernel not in RUNGS:
-        raise UnknownNameError.among("linear kernel", kernel, ["auto", *RUNGS])
-    if reasons := RUNGS[kernel].refusals(problem):
-        raise KernelRefusedError(
-            f"linear kernel {kernel!r} refuses ({problem}): {'; '.join(reasons)}",
-            hint="kernel='auto' takes one that fits",
-        )
-    return RUNGS[kernel]
+    names = FASTEST_FIRST if kernel == "auto" else kernel.split(",")
+    for name in names:
+        if name not in RUNGS:
+            raise UnknownNameError.among("linear kernel", name, ["auto", *RUNGS])
+    return tuple(RUNGS[name] for name in names)
+
+
+def choose(problem: LinearProblem, kernel: str = "auto") -> Rung:
+    """The first of `named(kernel)` that refuses nothing; there is no falling back on what was not named.
+
+    Raises:
+        UnknownNameError: no rung has this name.
+        KernelRefusedError: none of these rungs can run this; each reason is in the message.
+    """
+    refused = []
+    for rung in named(kernel):
+        if not (reasons := rung.refusals(problem)):
+            return rung
+        refused.append(f"linear kernel {rung.name!r} refuses ({problem}): {'; '.join(reasons)}")
+    raise KernelRefusedError("; ".join(refused), hint="kernel='auto' takes one that fits")
 
 
 def explain(problem: LinearProblem) -> dict[str, list[str]]:
