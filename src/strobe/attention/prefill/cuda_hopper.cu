@@ -23,9 +23,9 @@
 constexpr int ROWS = 64;  // queries of a consumer
 constexpr int Q_TILE = CONSUMERS * ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * 128;
-constexpr int STAGES = 2;                       // of keys and of values
-constexpr int WORKS = 3;
-constexpr int PANEL = HEAD_DIM % 64 ? 32 : 64;  // columns of a panel: a swizzled row of shared memory
+constexpr int STAGES = 2;  // of keys and of values
+constexpr int WORKS = 3;   // at a time: the consumers' current and coming one, and the producer's
+constexpr int PANEL = HEAD_DIM % 64 ? 32 : 64;  // columns side by side in shared memory: what a swizzle spans
 constexpr int PANELS = HEAD_DIM / PANEL;
 constexpr Swizzle SWIZZLE = PANEL == 64 ? Swizzle::B128 : Swizzle::B64;
 constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
@@ -154,7 +154,8 @@ struct Producer {
   }
 
   // Key tile n: in one copy, or page by page, a lane each. Pages past the row's length are not touched.
-  __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows, int n) {
+  __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
+                                            int n) {
     if constexpr (!PAGED) {
       if (lane == 0) {
         full.arrive_expecting(KV_BYTES);
@@ -171,7 +172,8 @@ struct Producer {
         const int page = p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE_SIZE];
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel)
-          tma_load(tile + (panel * K_TILE + lane * BOX) * PANEL, map, full, 0, key % PAGE_SIZE, panel, rows.kv_head, page);
+          tma_load(tile + (panel * K_TILE + lane * BOX) * PANEL, map, full, 0, key % PAGE_SIZE, panel, rows.kv_head,
+                   page);
       }
       __syncwarp();
     }
@@ -573,7 +575,8 @@ struct Consumer {
         for (int i = 0; i < 4; ++i)
           c[i] = pack<scalar_t>(out[4 * (j + i) + 2 * half] * inverse, out[4 * (j + i) + 2 * half + 1] * inverse);
         transpose_quad(c);
-        if (token < work.q_len) *reinterpret_cast<uint4*>(row + 8 * (j + lane() % 4)) = make_uint4(c[0], c[1], c[2], c[3]);
+        if (token < work.q_len)
+          *reinterpret_cast<uint4*>(row + 8 * (j + lane() % 4)) = make_uint4(c[0], c[1], c[2], c[3]);
       }
       store_lse(work, token, lse);
     }
@@ -586,7 +589,8 @@ struct Consumer {
       const int token = token_of(work, half);
       scalar_t* row = out_row(work, token);
       if (token < work.q_len)
-        for (int j = lane() % 4; j < HEAD_DIM / 8; j += 4) *reinterpret_cast<uint4*>(row + 8 * j) = make_uint4(0, 0, 0, 0);
+        for (int j = lane() % 4; j < HEAD_DIM / 8; j += 4)
+          *reinterpret_cast<uint4*>(row + 8 * j) = make_uint4(0, 0, 0, 0);
       store_lse(work, token, SINKS ? p.sinks[work.head] : NEG_INF);
     }
   }
@@ -596,8 +600,9 @@ struct Consumer {
     return p.out + batch + (work.q_start + token) * p.out_row_stride + work.head * p.out_head_stride;
   }
   __device__ __forceinline__ void store_lse(const Work& work, int token, float lse) {
+    const i64 batch = PACKED_Q ? 0 : work.batch * p.lse_batch_stride;
     if (p.lse && lane() % 4 == 0 && token < work.q_len)
-      p.lse[(PACKED_Q ? 0 : work.batch * p.lse_batch_stride) + work.head * p.lse_head_stride + work.q_start + token] = lse;
+      p.lse[batch + work.head * p.lse_head_stride + work.q_start + token] = lse;
   }
 
   // c[i] of quad lane j and c[j] of quad lane i change places.
@@ -617,8 +622,8 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attend(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
-           const __grid_constant__ Params p) {
+    attend(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
+           const __grid_constant__ TensorMap v, const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) s.init();

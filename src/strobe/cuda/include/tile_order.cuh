@@ -6,9 +6,9 @@
 // Heads come in sections whose keys and values fit in L2 together; within a section the tiles that see the most
 // keys (the last ones, when causal) come first, so that the short ones fill the gaps at the end.
 struct TileOrder {
-  int q_tiles;           // of a head
-  int heads;             // batch x q_heads
-  int section;           // heads of a section
+  int q_tiles;  // of a head
+  int heads;    // batch x q_heads
+  int section;  // heads of a section
 
   struct Tile {
     int head, q_tile;

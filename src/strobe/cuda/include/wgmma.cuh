@@ -27,17 +27,11 @@ template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Keep the compiler from moving uses of these registers across this point (it does not know that products are asynchronous).
+// Keep uses of these registers from moving across this point: the compiler does not know that products are asynchronous.
 template <int N>
 __device__ __forceinline__ void pin(float (&registers)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-template <int N>
-__device__ __forceinline__ void pin(u32 (&registers)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // Products of m64nNk16. ss: d = a b, or d += a b, both operands K-major in shared memory.
