@@ -212,14 +212,20 @@ def _params(
     if sinks is not None:
         params.sinks = sinks.data_ptr()
     if isinstance(layout, Packed):
-        params.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
-        params.cu_seqlens_kv = layout.cu_seqlens_kv.data_ptr()
+        params.cu_seqlens_q = _entries(layout.cu_seqlens_q).data_ptr()
+        params.cu_seqlens_kv = _entries(layout.cu_seqlens_kv).data_ptr()
     elif isinstance(layout, Paged):
-        params.seq_lens, params.page_table = layout.seq_lens.data_ptr(), layout.page_table.data_ptr()
-        params.pages_per_row = layout.page_table.stride(0)
+        table = _entries(layout.page_table)
+        params.page_table, params.pages_per_row = table.data_ptr(), table.stride(0)
+        params.seq_lens = _entries(layout.seq_lens).data_ptr()
         if layout.cu_seqlens_q is not None:
-            params.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
+            params.cu_seqlens_q = _entries(layout.cu_seqlens_q).data_ptr()
     return params
+
+
+def _entries(indices: torch.Tensor) -> torch.Tensor:
+    """With a row's entries side by side. A copy is freed in stream order, so after the launch."""
+    return indices if indices.stride(-1) == 1 else indices.contiguous()
 
 
 def _section(problem: AttentionProblem) -> int:
