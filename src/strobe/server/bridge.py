@@ -90,6 +90,8 @@ class EngineBridge:
         self.config = config
         self.metrics = metrics
         self._live: dict[str, _Live] = {}
+        self.preparing = 0
+        """Requests whose text is being worked on, to be submitted next."""
         self._wake = threading.Event()
         self._stopping = False
         self._failed = False
@@ -125,20 +127,24 @@ class EngineBridge:
         return [live.request for live in self._live.values() if live.request.started is None]
 
     def check_room(self, requests: int = 1, tokens: int = 0) -> None:
-        """Raise ApiError where the engine is down (503), or its queue has no room for so much more (429)."""
+        """Raise ApiError where the engine is down (503), or its queue has no room for so much more (429).
+
+        Those that the next step has a seat for do not count as queued.
+        """
         if not self.healthy:
             raise ApiError(503, "the engine is not running", code="engine_down", retry_after_s=10)
-        waiting = self.waiting
+        config, waiting = self.config, self.waiting
         queued = sum(len(request.prompt_token_ids) for request in waiting)
-        config = self.config
+        seats = max(0, self.engine.config.max_num_seqs - (len(self._live) - len(waiting)))
         if requests > config.max_queue or tokens > config.max_queued_tokens:
             raise ApiError(
                 400,
-                f"{requests} prompts of {tokens} tokens in all; the queue holds "
+                f"prompt: {requests} prompts of {tokens} tokens in all; the queue holds "
                 f"{config.max_queue} prompts and {config.max_queued_tokens} tokens",
                 param="prompt",
             )
-        if len(waiting) + requests > config.max_queue or queued + tokens > config.max_queued_tokens:
+        full = len(waiting) + self.preparing + requests > config.max_queue + seats
+        if full or queued + tokens > config.max_queued_tokens:
             self.metrics.rejected.inc()
             raise ApiError(
                 429,

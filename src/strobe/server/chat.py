@@ -154,7 +154,6 @@ async def chat(service: Service, body: ChatRequest, api_key: str | None) -> Even
         ApiError: the body cannot be served, or there is no room; nothing was queued.
     """
     model = service.check_model(body.model)
-    service.bridge.check_room()
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs", param="top_logprobs")
     if body.max_tokens == 0:

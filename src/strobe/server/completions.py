@@ -152,7 +152,6 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
         ApiError: the body cannot be served, or there is no room; nothing was queued.
     """
     model = service.check_model(body.model)
-    service.bridge.check_room()
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, "best_of: supported where it is n", param="best_of")
     if body.max_tokens == 0 and not body.echo:

@@ -46,7 +46,6 @@ class Service:
         self.bridge = EngineBridge(llm.engine, config, self.metrics)
         self.metrics.watch(llm.engine.stats, llm.engine.max_model_len)
         self._threads = ThreadPoolExecutor(2, "strobe-text")
-        self._preparing = 0
         self._grammars: Grammars | None = None
         self._lag: asyncio.Task[None] | None = None
 
@@ -88,18 +87,14 @@ class Service:
         return name or self.names[0]
 
     async def in_thread(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-        """Work on a text off the event loop. Counts against the queue while it waits."""
-        waiting = len(self.bridge.waiting) + self._preparing
-        if waiting >= self.config.max_queue:
-            self.metrics.rejected.inc()
-            retry_after_s = min(30.0, self.metrics.recent_queue_s)
-            raise ApiError(429, f"the queue is full: {waiting} requests wait", retry_after_s=retry_after_s)
-        self._preparing += 1
+        """Work on a text off the event loop, where the queue has room for what comes of it."""
+        self.bridge.check_room()
+        self.bridge.preparing += 1
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
         finally:
-            self._preparing -= 1
+            self.bridge.preparing -= 1
 
     async def encode(self, text: str, param: str, *, special: bool = True) -> list[int]:
         """Token ids of a client's text. Raises ApiError 400 for one that is no Unicode."""
