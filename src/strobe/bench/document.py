@@ -122,6 +122,32 @@ def _throughput(result: Result) -> str:
     return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
 
 
+def _engine_ladder(result: Result) -> str:
+    lines, before = [], None
+    for row in result.rows:
+        name = row["provider"].removeprefix("strobe:")
+        kernels = [f"`{kernel}`" for kernel in (row["attention_kernel"], row["linear_kernel"])]
+        if "tok_s" not in row:
+            lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", ""])
+            continue
+        over = "" if before is None else f"{row['tok_s'] / before:.2f}"
+        figures = [f"{row[field]:.4g}" for field in ("ttft_ms", "tok_s", "gbps")]
+        lines.append([name, *kernels, *figures, over])
+        before = row["tok_s"]
+    case = result.rows[0]["case"]
+    about = f"{case['model']}, one request, prompt {case['prompt']}, output {case['output']}, {case['dtype']}"
+    head = [
+        "engine",
+        "attention",
+        "matmul",
+        "first token, ms",
+        "tok/s",
+        "GB/s of weights",
+        "times the one before",
+    ]
+    return f"{about}:\n\n{tables.markdown(head, lines)}"
+
+
 def _dtype(result: Result) -> str:
     return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
 
@@ -148,6 +174,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory": ("memory", _memory),
     "latency": ("latency", _latency),
     "throughput": ("throughput", _throughput),
+    "engine_ladder": ("engine_ladder", _engine_ladder),
 }
 """By name: the result file, and what is made of it."""
 

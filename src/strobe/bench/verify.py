@@ -85,7 +85,9 @@ def verify(llm: LLM, max_tokens: int = 64) -> Verification:
     )
 
 
-def logits(model: Model, prompt: list[int]) -> torch.Tensor:
+def logits(
+    model: Model, prompt: list[int], *, attention_kernel: str = "auto", linear_kernel: str = "auto"
+) -> torch.Tensor:
     """float32 logits `[len(prompt), vocab_size]` of a whole prompt in one forward pass."""
     length, device = len(prompt), model.device
     pages = -(-length // PAGE_SIZE)
@@ -102,6 +104,8 @@ def logits(model: Model, prompt: list[int]) -> torch.Tensor:
         ),
         logits_at=positions,
         kv_cache=KvTensors.allocate(model.config, pages, PAGE_SIZE, dtype=model.dtype, device=device),
+        attention_kernel=attention_kernel,
+        linear_kernel=linear_kernel,
     )
     with torch.inference_mode():
         return model(batch)
