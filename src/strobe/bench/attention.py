@@ -14,7 +14,7 @@ from strobe.attention.check import verdict
 from strobe.attention.problem import DTYPE_BYTES, AttentionProblem
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
-from strobe.bench.timer import Timing, measure, measure_graph
+from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
 from strobe.errors import KernelRefusedError, UnknownNameError
 
 _CACHES_BYTES = 192 << 20
@@ -86,14 +86,16 @@ def measure_all(
 ) -> Iterator[Row]:
     """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
 
-    Prefill is timed call by call with the L2 cache flushed, decode by CUDA-graph replay over caches
-    that together outgrow it. Peak memory is what a call allocates beyond its inputs and its output.
+    A case's providers take turns. Prefill is timed call by call with the L2 cache flushed, decode by
+    CUDA-graph replay over caches that together outgrow it. Peak memory is what a call allocates
+    beyond its inputs and its output.
 
     Raises:
         KernelRefusedError: with `strict`, the first refusal.
     """
     for case in cases:
         inputs = case.inputs(torch_dtype(dtype), device)
+        rows, clocks = [], []
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
                 if strict:
@@ -101,14 +103,21 @@ def measure_all(
                         f"{provider.name} refuses ({inputs.problem}): {'; '.join(reasons)}"
                     )
                 continue
-            yield _row(case, dtype, provider, inputs, budget_ms)
+            row = _checked(case, dtype, provider, inputs)
+            rows.append(row)
+            if row["checked"]:  # a wrong answer has no speed
+                clocks.append((row, provider))
+        sets = [inputs, *_more_inputs(case, dtype, inputs)]
+        timings = in_turns([_clock(provider, sets) for _, provider in clocks], budget_ms=budget_ms)
+        for (row, _), timing in zip(clocks, timings, strict=True):
+            row |= _figures(inputs.problem, timing)
+        yield from rows
 
 
-def _row(case: Case, dtype: str, provider: Provider, inputs: Inputs, budget_ms: float) -> Row:
-    problem, call = inputs.problem, provider.bind(inputs)
-    out, peak = _peak_bytes(call, inputs)
-    found = verdict(problem, inputs.q, inputs.k, inputs.v, out)
-    row: Row = {
+def _checked(case: Case, dtype: str, provider: Provider, inputs: Inputs) -> Row:
+    out, peak = _peak_bytes(provider.bind(inputs), inputs)
+    found = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out)
+    return {
         "case": described(case, dtype),
         "provider": provider.name,
         "checked": found.right,
@@ -116,10 +125,10 @@ def _row(case: Case, dtype: str, provider: Provider, inputs: Inputs, budget_ms: 
         "error_allowed": found.allowed,
         "peak_bytes": peak,
     }
-    if not found.right:
-        return row  # a wrong answer has no speed
-    timing = _time(case, dtype, provider, inputs, call, budget_ms)
-    return row | {
+
+
+def _figures(problem: AttentionProblem, timing: Timing) -> Row:
+    return {
         "ms": timing.ms,
         "ms_min": timing.ms_min,
         "ms_max": timing.ms_max,
@@ -129,36 +138,38 @@ def _row(case: Case, dtype: str, provider: Provider, inputs: Inputs, budget_ms: 
     }
 
 
-def _time(
-    case: Case,
-    dtype: str,
-    provider: Provider,
-    inputs: Inputs,
-    call: Callable[[], torch.Tensor],
-    budget_ms: float,
-) -> Timing:
-    if inputs.problem.phase == "prefill" or inputs.problem.device != "cuda":
-        return measure(call, inputs.problem.device, budget_ms=budget_ms)
+def _replayed(problem: AttentionProblem) -> bool:
+    return problem.phase == "decode" and problem.device == "cuda"
+
+
+def _more_inputs(case: Case, dtype: str, inputs: Inputs) -> list[Inputs]:
+    """What decode rotates among, besides `inputs`."""
+    if not _replayed(inputs.problem):
+        return []
     sets = max(2, -(-_CACHES_BYTES // max(inputs.problem.bytes(), 1)))
-    others = [
-        provider.bind(case.inputs(torch_dtype(dtype), "cuda", seed)) for seed in range(1, min(sets, 24))
-    ]
-    return measure_graph([call, *others], budget_ms=budget_ms)
+    return [case.inputs(torch_dtype(dtype), "cuda", seed) for seed in range(1, min(sets, 24))]
+
+
+def _clock(provider: Provider, sets: Sequence[Inputs]) -> Clock:
+    problem = sets[0].problem
+    if _replayed(problem):
+        return GraphClock([provider.bind(inputs) for inputs in sets])
+    return clock(provider.bind(sets[0]), problem.device)
 
 
 def _peak_bytes(call: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[torch.Tensor, int | None]:
     """The call's output, and the device memory it allocated at most; None on a CPU, where nobody counts."""
     if inputs.problem.device != "cuda":
         return call(), None
-    call()
+    first = call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    # a peer allocates its output in the call, a rung is handed one
-    return out, max(0, peak - (out.numel() * out.element_size() if peak else 0))
+    allocates_output = out is not first  # as peers do; a rung is handed one
+    return out, peak - (out.nbytes if allocates_output else 0)
 
 
 def torch_dtype(name: str) -> torch.dtype:

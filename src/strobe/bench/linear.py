@@ -9,7 +9,7 @@ import torch
 
 from strobe.bench.attention import torch_dtype
 from strobe.bench.results import Row
-from strobe.bench.timer import measure, measure_graph
+from strobe.bench.timer import GraphClock, in_turns, measure
 from strobe.linear import ladder
 from strobe.linear.problem import LinearProblem
 
@@ -54,7 +54,10 @@ def _figures(
 ) -> Row:
     calls = [lambda w=w: rung.run(problem, x, w, None, out) for w in weights]
     turns = itertools.cycle(calls)
-    timing = measure_graph(calls) if problem.device == "cuda" else measure(lambda: next(turns)(), "cpu")
+    if problem.device == "cuda":
+        (timing,) = in_turns([GraphClock(calls)])
+    else:
+        timing = measure(lambda: next(turns)(), "cpu")
     flops = 2 * problem.tokens * problem.inputs * problem.outputs
     moved = x.nbytes + weights[0].nbytes + out.nbytes
     return {

@@ -65,7 +65,7 @@ def _sdpa(backend: str) -> Peer:
             raise ImportError("needs a GPU")
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        return lambda: sdpa_kernel(SDPBackend[backend])
+        return lambda: sdpa_kernel(getattr(SDPBackend, backend))
 
     def refusals(problem: AttentionProblem) -> list[str]:
         square = problem.window == (UNLIMITED, UNLIMITED) or problem.q_len == problem.kv_len

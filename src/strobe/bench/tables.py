@@ -56,5 +56,8 @@ def speed(field: str) -> Callable[[Row], str]:
 
 
 def memory(row: Row) -> str:
-    """A cell of extra memory in MiB."""
-    return "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}"
+    """A cell of extra memory in MiB; "≤" where only a bound was measured."""
+    if row["peak_bytes"] is not None:
+        return f"{row['peak_bytes'] / 2**20:.4g}"
+    bound = row.get("peak_bytes_at_most")
+    return "–" if bound is None else f"≤ {bound / 2**20:.4g}"

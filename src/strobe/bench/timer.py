@@ -1,17 +1,24 @@
-"""How long a call takes: after warm-up, many times, the median."""
+"""How long calls take: after warm-up, many times, in turns with what they are compared with, the median.
+
+A GPU's clock follows its temperature and its power limit: who runs first runs cool. So calls that are
+compared take turns, in another order each round.
+"""
 
 from __future__ import annotations
 
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 FLUSH_BYTES = 256 << 20
 """Written between calls, so that none finds its inputs in the L2 cache (60 MB on an H200)."""
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -28,77 +35,109 @@ class Timing:
         return cls(statistics.median(times_ms), min(times_ms), max(times_ms), len(times_ms))
 
 
-def measure(call: Callable[[], object], device: str, *, budget_ms: float = 200.0, most: int = 200) -> Timing:
-    """Time one call again and again, about `budget_ms` in all, at least five times; a call that outlasts
-    the budget by itself is timed once.
+class Clock(Protocol):
+    """Something that can be run and timed again and again."""
 
-    On a GPU by events on the current stream with the L2 cache flushed before each call; on a CPU by
-    the clock.
-    """
-    return _measure_cuda(call, budget_ms, most) if device == "cuda" else _measure_cpu(call, budget_ms, most)
+    def times(self, count: int) -> list[float]:
+        """Milliseconds of each of `count` runs."""
+        ...
 
 
-def _measure_cpu(call: Callable[[], object], budget_ms: float, most: int) -> Timing:
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+@dataclass(frozen=True)
+class HostClock:
+    """A call on the CPU, by the host's clock."""
 
-    once()
-    first = once()
-    return Timing.of(
-        [first] if first > budget_ms else [once() for _ in range(_repeats(first, budget_ms, most))]
-    )
+    call: Callable[[], object]
+
+    def times(self, count: int) -> list[float]:
+        found = []
+        for _ in range(count):
+            start = time.perf_counter()
+            self.call()
+            found.append((time.perf_counter() - start) * 1e3)
+        return found
 
 
-def _measure_cuda(call: Callable[[], object], budget_ms: float, most: int) -> Timing:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+@dataclass(frozen=True)
+class EventClock:
+    """A call on the GPU's current stream, by events, the L2 cache flushed before each run."""
 
-    def batch(count: int) -> list[float]:
+    call: Callable[[], object]
+
+    def times(self, count: int) -> list[float]:
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
             flush.zero_()
             start.record()
-            call()
+            self.call()
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    batch(1)
-    if (first := batch(1)[0]) > budget_ms:
-        return Timing.of([first])
-    return Timing.of(batch(_repeats(statistics.median(batch(3)), budget_ms, most)))
 
+class GraphClock:
+    """Calls as nodes of one CUDA graph: what the GPU takes, without the host.
 
-def measure_graph(calls: Sequence[Callable[[], object]], *, budget_ms: float = 200.0) -> Timing:
-    """Time calls as nodes of one CUDA graph: what the GPU takes, without the host.
-
-    `calls` do the same work on different data, together larger than the L2 cache; the timing is of
+    `calls` do the same work on different data, together larger than the L2 cache; the times are of
     one of them. They must be capturable.
     """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self._nodes = len(calls)
+        self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for call in calls:
                 call()
+            self._stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                for call in calls:
+                    call()
 
-        def batch(count: int) -> list[float]:
+    def times(self, count: int) -> list[float]:
+        with torch.cuda.stream(self._stream):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
             events[0].record()
             for event in events[1:]:
-                graph.replay()
+                self._graph.replay()
                 event.record()
-            stream.synchronize()
-            return [a.elapsed_time(b) / len(calls) for a, b in itertools.pairwise(events)]
-
-        batch(2)
-        once = statistics.median(batch(3)) * len(calls)
-        return Timing.of(batch(_repeats(once, budget_ms, 1000)))
+            self._stream.synchronize()
+        return [a.elapsed_time(b) / self._nodes for a, b in itertools.pairwise(events)]
 
 
-def _repeats(once_ms: float, budget_ms: float, most: int) -> int:
-    return max(5, min(most, int(budget_ms / max(once_ms, 1e-6))))
+def clock(call: Callable[[], object], device: str) -> Clock:
+    """The clock for a call on "cuda" or "cpu"."""
+    return EventClock(call) if device == "cuda" else HostClock(call)
+
+
+def in_turns(clocks: Sequence[Clock], *, budget_ms: float = 200.0, most: int = 200) -> list[Timing]:
+    """Time several clocks in shuffled rounds, about `budget_ms` each and at least a run a round.
+
+    A run that outlasts its budget by itself is timed once.
+    """
+    times: list[list[float]] = [[] for _ in clocks]
+    repeats = [_repeats(each, budget_ms, most) for each in clocks]
+    order = list(range(len(clocks)))
+    for turn in range(ROUNDS):
+        random.shuffle(order)
+        for index in order:
+            if repeats[index] or turn == 0:
+                times[index] += clocks[index].times(repeats[index] or 1)
+    return [Timing.of(found) for found in times]
+
+
+def _repeats(each: Clock, budget_ms: float, most: int) -> int:
+    """Runs a round; 0 where one run takes the whole budget."""
+    each.times(1)
+    (once,) = each.times(1)
+    if once >= budget_ms:
+        return 0
+    return max(1, min(most, int(budget_ms / max(once, 1e-6))) // ROUNDS)
+
+
+def measure(call: Callable[[], object], device: str, *, budget_ms: float = 200.0) -> Timing:
+    """Time one call by itself."""
+    (timing,) = in_turns([clock(call, device)], budget_ms=budget_ms)
+    return timing
