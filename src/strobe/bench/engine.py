@@ -126,11 +126,6 @@ def agree(peer: Transformers, prompt: Sequence[int], ours: Generation, theirs: G
     return True
 
 
-def ratio(rows: Sequence[Row], field: str) -> float | None:
-    """strobe's figure over the peer's, of two rows of one case; None without a peer."""
-    return rows[0][field] / rows[1][field] if len(rows) == 2 else None
-
-
 def latency_figures(model: Model, done: Sequence[Generation]) -> dict[str, Any]:
     """What several runs of one request on `model` say: times to the first token and between tokens, rates."""
     gaps = sorted(1e3 * (b - a) for run in done for a, b in zip(run.at_s, run.at_s[1:], strict=False))
