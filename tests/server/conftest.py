@@ -20,7 +20,7 @@ from strobe.engine import LLM, EngineConfig
 from strobe.engine.engine import Engine
 from strobe.server.app import create_app
 from strobe.server.config import ServerConfig
-from strobe.server.run import bind, url_of
+from strobe.server.listen import bind, url_of
 from strobe.server.service import Service
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
@@ -91,12 +92,12 @@ def test_a_client_that_leaves_frees_its_pages(serve, stream, where) -> None:
         if where == "queued":
             busy = start(server, LONG)
             until(lambda: server.engine.stats().running == 1)
+        # not streaming there is nothing to read, and the client gives up; streaming it leaves after a byte
         with (
-            pytest.raises(httpx.ReadTimeout),
-            other.stream("POST", "/v1/completions", json=body, timeout=0.3) as r,
+            contextlib.suppress(httpx.ReadTimeout),
+            other.stream("POST", "/v1/completions", json=body, timeout=0.3) as answer,
         ):
-            for _ in r.iter_bytes():
-                raise httpx.ReadTimeout("seen enough")
+            next(answer.iter_bytes())
     left = time.monotonic()
     until(lambda: server.engine.stats().waiting == 0)
     until(lambda: server.engine.stats().running == (where == "queued"))

@@ -23,7 +23,7 @@ def client(idle: LiveServer) -> OpenAI:
 
 @pytest.fixture
 def loose(idle: LiveServer) -> OpenAI:
-    """For nulls that OpenAI's API itself sends and its strict client refuses: a finish_reason before the end."""
+    """For nulls that OpenAI's API sends too, and that its strict client refuses."""
     return idle.client(strict=False)
 
 
@@ -61,7 +61,7 @@ def test_max_tokens_defaults_to_16(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("stop", [None, ["\n"], ["the", " a"]])
 def test_streamed_text_is_the_whole_text(client: OpenAI, loose: OpenAI, stop) -> None:
-    asked = dict(model="strobe-tiny", prompt="JULIET:\n", max_tokens=60, seed=7, stop=stop)
+    asked = {"model": "strobe-tiny", "prompt": "JULIET:\n", "max_tokens": 60, "seed": 7, "stop": stop}
     whole = client.completions.create(**asked)
     chunks = list(loose.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
@@ -144,9 +144,15 @@ def test_chat(client: OpenAI, alone) -> None:
 
 
 def test_chat_streams(client: OpenAI) -> None:
-    asked = dict(
-        model="strobe-tiny", messages=MESSAGES, seed=4, max_tokens=40, n=2, logprobs=True, top_logprobs=2
-    )
+    asked = {
+        "model": "strobe-tiny",
+        "messages": MESSAGES,
+        "seed": 4,
+        "max_tokens": 40,
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     whole = client.chat.completions.create(**asked)
     texts, tokens, reasons = ["", ""], [[], []], [None, None]
     for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
@@ -166,7 +172,7 @@ def test_chat_streams(client: OpenAI) -> None:
 
 def test_content_parts_are_joined(client: OpenAI) -> None:
     parts = [{"type": "text", "text": "Who are"}, {"type": "text", "text": "you?"}]
-    asked = dict(model="strobe-tiny", temperature=0, max_tokens=12)
+    asked = {"model": "strobe-tiny", "temperature": 0, "max_tokens": 12}
     split = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **asked)
     joined = client.chat.completions.create(messages=[{"role": "user", "content": "Who are\nyou?"}], **asked)
     assert split.choices[0].message == joined.choices[0].message

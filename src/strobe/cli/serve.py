@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +73,9 @@ def serve(
     drain_timeout: Annotated[
         float, _flag("--drain-timeout", help="Seconds that running requests get after SIGTERM.", panel=_LOAD)
     ] = 30.0,
-    prefix_cache: Annotated[
-        bool, _flag("--prefix-cache/--no-prefix-cache", help="Reuse what prompts share.", panel=_LOAD)
-    ] = True,
+    no_prefix_cache: Annotated[
+        bool, _flag("--no-prefix-cache", help="Share nothing between prompts.", panel=_LOAD)
+    ] = False,
     api_key: Annotated[
         list[str] | None,
         _flag(
@@ -121,15 +122,15 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it, with a page to chat with it at /.
 
-    One line on stdout says where, once it answers. The first SIGTERM or Ctrl-C lets running requests
-    end; a second one stops at once.
+    One line on stdout says where, once it answers.
+    The first SIGTERM or Ctrl-C lets running requests end; a second one stops at once.
     """
-    try:
-        from strobe.server.config import ServerConfig
-        from strobe.server.run import bind, url_of
-        from strobe.server.run import serve as serve_llm
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.of(error.name or "a library", "server") from error
+    from strobe.server.config import ServerConfig
+    from strobe.server.listen import bind, url_of
+
+    for library in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError.of(library, "server")
     chosen = settings.load(device=device, kernel=kernel, linear=linear)
     config = ServerConfig(
         host=host,
@@ -148,13 +149,14 @@ def serve(
     )
     with bind(config) as bound:
         from strobe.engine import LLM, EngineConfig
+        from strobe.server.run import serve as serve_llm
 
         engine_config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             kv_cache_gib=kv_cache_gib,
-            prefix_cache=prefix_cache,
+            prefix_cache=not no_prefix_cache,
             attention_kernel=chosen.kernel,
             linear_kernel=chosen.linear,
         )

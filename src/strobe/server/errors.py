@@ -63,11 +63,11 @@ def from_strobe(error: StrobeError, param: str | None = None) -> ApiError:
     if not isinstance(error, (RequestError, OutOfPagesError)):
         return internal()
     text = str(error)
-    named = next((field for field in _FIELDS if text.startswith(field)), None)
+    named = next((field for field in _FIELDS if text.removeprefix("the ").startswith(field)), None)
     return ApiError(400, text, param=named or param)
 
 
-_FIELDS = ("max_tokens", "min_tokens", "logit_bias", "stop_token_ids", "stop", "n")
+_FIELDS = ("prompt", "max_tokens", "min_tokens", "logit_bias", "stop_token_ids", "stop", "n")
 
 
 def from_validation(errors: Sequence[Any], body: object) -> ApiError:

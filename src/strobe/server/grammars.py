@@ -21,7 +21,7 @@ COMPILE_S = 5.0
 """Longest that a client's grammar may take to compile."""
 CACHED = 64
 """Compiled grammars that are kept."""
-_WHITESPACE = r"[ \n]{0,8}"
+_WHITESPACE = r"\n?[ ]{0,8}"
 """Between the parts of a JSON text: a model that likes blanks must not write them for ever."""
 
 
