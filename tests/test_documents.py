@@ -89,6 +89,11 @@ def test_verbs_and_targets_exist(document: str) -> None:
     assert set(re.findall(r"[`\n]make ([a-z-]+)", text)) <= targets
 
 
+def test_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert set(get_command(app).commands) == set(re.findall(r"^\| `strobe ([a-z]+)", text, re.MULTILINE))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_paths_exist(document: str) -> None:
     text = (ROOT / document).read_text()
