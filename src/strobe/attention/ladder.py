@@ -71,7 +71,13 @@ DECODE = tuple(
 
 FASTEST_FIRST = {
     "prefill": ("prefill/cuda_hopper", "prefill/cuda_async", "prefill/torch_sdpa", "prefill/torch_naive"),
-    "decode": ("prefill/cuda_async", "decode/torch_grouped", "prefill/torch_sdpa", "prefill/torch_naive"),
+    "decode": (
+        "decode/cuda_paged",
+        "prefill/cuda_async",
+        "decode/torch_grouped",
+        "prefill/torch_sdpa",
+        "prefill/torch_naive",
+    ),
 }
 """What `kernel="auto"` tries, by the problem's phase. The order is measured: docs/ladder.md."""
 

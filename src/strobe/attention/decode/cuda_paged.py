@@ -35,8 +35,10 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append("needs a paged cache")
     elif not 1 <= problem.page_size <= MAX_PAGE_SIZE:
         reasons.append(f"page_size {problem.page_size}; supported: 1 to {MAX_PAGE_SIZE}")
-    if problem.arch < 90:
-        reasons.append("needs an NVIDIA GPU of compute capability 9.0 or more")
+    if not _fits(problem.arch):
+        reasons.append(
+            "needs an NVIDIA GPU with bulk copies and 227 KiB of shared memory a block (9.0, 10.x)"
+        )
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
     elif problem.kv_dtype not in (problem.dtype, _FP8):
@@ -195,22 +197,33 @@ def run(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    """One query a row over pages of 16: every head_dim at a group of 4, and the common groups at 128."""
-    if int("".join(digit for digit in arch if digit.isdigit())) < 90:
+    """One query a row over pages of 16: bfloat16 at every head_dim, the common groups at 128, a large
+    batch, float16, and a float8 cache."""
+    if not _fits(int("".join(digit for digit in arch if digit.isdigit()))):
         return []
-    problems = [
-        AttentionProblem(
-            *(batch, 1, 1, 8 * group, 8, head_dim, dtype),
-            kv_dtype=kv_dtype,
-            layout=Paged(None, None),
-            page_size=16,
+    shapes = dict.fromkeys(
+        choose_shape(
+            AttentionProblem(
+                *(batch, 1, 1, 8 * group, 8, head_dim, dtype),
+                kv_dtype=kv_dtype,
+                layout=Paged(None, None),
+                page_size=16,
+            )
         )
-        for dtype, kv_dtype in (("bfloat16", None), ("float16", None), ("bfloat16", _FP8))
-        for batch in (1, 64)
-        for head_dim, group in (*((dim, 4) for dim in HEAD_DIMS), (128, 1), (128, 8), (128, 16))
-    ]
-    shapes = dict.fromkeys(choose_shape(p) for p in problems if p.kv_dtype != _FP8 or p.head_dim % 32 == 0)
+        for batch, group, head_dim, dtype, kv_dtype in (
+            *((1, 4, head_dim, "bfloat16", None) for head_dim in HEAD_DIMS),
+            *((1, group, 128, "bfloat16", None) for group in (1, 8, 16)),
+            *((64, 4, head_dim, "bfloat16", None) for head_dim in (64, 128)),
+            (1, 4, 128, "float16", None),
+            *((batch, 4, 128, "bfloat16", _FP8) for batch in (1, 64)),
+        )
+    )
     return [jit.Source(_SOURCE, shape.defines()) for shape in shapes]
+
+
+def _fits(arch: int) -> bool:
+    """Bulk copies, and shared memory for what `choose_shape` fills."""
+    return arch >= 90 and dense.shared_memory(arch) >= _SHARED_LIMIT
 
 
 class _Params(ctypes.Structure):
@@ -292,15 +305,25 @@ def _partials(layout: Paged, where: torch.device, size: int) -> torch.Tensor:
     """Room for the blocks' partials, which every launch leaves empty: all bits one.
 
     One a stream, so that launches on several do not meet. A CUDA graph under capture gets its own, kept
-    with the layout: the graph empties it, and it lives in the graph's memory.
+    with the layout: the graph empties it, and it lives in the graph's memory. No other graph may use it,
+    which could be replayed before this one and would find it unwritten.
     """
     kept: dict[Any, torch.Tensor] = _per_stream
-    key: Any = (where, torch.cuda.current_stream(where).cuda_stream, size)
+    stream = torch.cuda.current_stream(where).cuda_stream
+    key: Any = (where, stream, size)
     if torch.cuda.is_current_stream_capturing():
-        kept, key = layout.scratch, f"cuda_paged {size}"
+        kept, key = layout.scratch, ("cuda_paged", _capture_id(stream), size)
     if key not in kept:
         kept[key] = torch.full((size,), 0xFF, dtype=torch.uint8, device=where)
     return kept[key]
+
+
+def _capture_id(stream: int) -> object:
+    """Tells the capture under way on a stream from every other; new at each call if the driver is mute."""
+    from cuda.bindings import driver
+
+    status, *found = driver.cuStreamGetCaptureInfo(stream)
+    return object() if status.value else int(found[1])
 
 
 def _blocks(sms: int, segments: int) -> int:

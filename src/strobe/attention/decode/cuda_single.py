@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from strobe.attention import dense
-from strobe.attention.decode import one_query
+from strobe.attention import dense, one_query
 from strobe.attention.problem import AttentionProblem
 from strobe.cuda import jit
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ float merge_feature(const float* o, const float* m, c
   return sum > 0.f ? total / sum : 0.f;
 }
 
-// One query a row over a paged cache: `DecodeParams` of strobe/attention/decode/one_query.py.
+// One query a row over a paged cache: `DecodeParams` of strobe/attention/one_query.py.
 struct DecodeParams {
   const scalar_t *q, *k, *v;  // k and v [pages, PAGE_SIZE, kv_heads, HEAD_DIM]
   scalar_t* out;              // like q: [batch, q_heads, HEAD_DIM]

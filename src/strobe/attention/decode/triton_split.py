@@ -1,0 +1,89 @@
+"""Flash-Decoding over a paged cache in Triton: a group shares each read, the keys are split over programs.
+
+Runs on NVIDIA GPUs, and with TRITON_INTERPRET=1 on a CPU (slowly, for tests).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from functools import cache
+from typing import cast
+
+import torch
+
+from strobe.attention import one_query
+from strobe.attention.problem import AttentionProblem, Paged
+from strobe.device import gpu
+
+IDEA = "Triton: a key head's whole group of queries on tensor cores, keys split over programs, then a merge"
+
+_TILE = 64
+"""Keys at a time."""
+_PROGRAMS_PER_SM = 4
+_SPLITS_MAX = 128
+
+
+def refusals(problem: AttentionProblem) -> list[str]:
+    reasons = one_query.refusals(problem)
+    interpreted = problem.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if not _installed():
+        reasons.append("triton is not installed (pip install triton)")
+    if problem.arch < 80 and not interpreted:
+        reasons.append("needs an NVIDIA GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1")
+    if problem.device == "cpu" and problem.dtype != "float16":
+        reasons.append(f"dtype {problem.dtype} interpreted; supported: float16")
+    if problem.head_dim & (problem.head_dim - 1):
+        reasons.append(f"head_dim {problem.head_dim}; supported: powers of two")
+    if problem.group > 64:
+        reasons.append(f"{problem.group} query heads a key head; supported: up to 64")
+    return reasons
+
+
+def run(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    from strobe.attention.decode.triton_split_kernel import merge, partials
+
+    layout, rows = cast(Paged, problem.layout), problem.batch * problem.q_heads
+    splits = _splits(problem, _PROGRAMS_PER_SM * _sm_count(q.get_device()) if problem.device == "cuda" else 3)
+    o = torch.empty((rows, splits, problem.head_dim), dtype=torch.float32, device=q.device)
+    m, total = torch.empty((2, rows, splits), dtype=torch.float32, device=q.device)
+    partials[(splits, problem.kv_heads, problem.batch)](
+        *(q, k, v, o, m, total, layout.seq_lens, layout.page_table),
+        *(q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], layout.page_table.stride(0)),
+        (problem.scale or 0.0) * math.log2(math.e),
+        HEAD_DIM=problem.head_dim,
+        GROUP=problem.group,
+        ROWS=max(16, 1 << (problem.group - 1).bit_length()),
+        PAGE_SIZE=problem.page_size,
+        TILE=_TILE,
+    )
+    merge[(problem.q_heads, problem.batch)](
+        *(o, m, total, out, out if lse is None else lse, out.stride(0), out.stride(2), splits),
+        HEAD_DIM=problem.head_dim,
+        SPLITS=1 << (splits - 1).bit_length(),
+        WITH_LSE=lse is not None,
+    )
+
+
+def _splits(problem: AttentionProblem, programs: int) -> int:
+    """Ways to split the keys so that key heads and rows become `programs`, a tile each at least."""
+    wanted = -(-programs // (problem.batch * problem.kv_heads))
+    return max(1, min(wanted, -(-problem.kv_len // _TILE), _SPLITS_MAX))
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _sm_count(device: int) -> int:
+    return gpu(device).sm_count

@@ -1,0 +1,105 @@
+"""The decode rungs where there is no GPU: Triton's interpreter, refusals, and the shapes that are chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strobe.attention import one_query
+from strobe.attention.decode import cuda_paged, cuda_single, cuda_split, triton_split
+from strobe.attention.problem import AttentionProblem, Paged
+
+CASES = {"paged_decode", "paged_decode_mha", "paged_decode_mqa", "paged_page_1", "paged_page_256"}
+
+
+def test_triton_split_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    program = Path(__file__).with_name("interpreted_decode.py")
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    verdicts = json.loads(done.stdout)
+    assert set(verdicts) >= CASES
+    assert [f"{case}: {each['why']}" for case, each in verdicts.items() if not each["right"]] == []
+
+
+def problem(**changes: object) -> AttentionProblem:
+    sizes = {"batch": 2, "q_len": 1, "kv_len": 100, "q_heads": 8, "kv_heads": 2, "head_dim": 128}
+    rest = {"layout": Paged(None, None), "page_size": 16, "device": "cuda", "arch": 90}
+    return AttentionProblem(**{**sizes, **rest, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rung", [cuda_single, cuda_split, triton_split, cuda_paged], ids=lambda r: r.__name__
+)
+def test_accepts_the_plain_problem(rung: object) -> None:
+    assert rung.refusals(problem()) == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"arch": 80}, "bulk copies"),
+        ({"arch": 120}, "227 KiB of shared memory"),
+        ({"head_dim": 72}, "head_dim 72"),
+        ({"q_len": 17}, "q_len 17"),
+        ({"page_size": 512}, "page_size 512"),
+        ({"dtype": "float32"}, "dtype float32"),
+        ({"kv_dtype": "float32"}, "cache in float32"),
+        ({"kv_dtype": "float8_e4m3fn", "head_dim": 80}, "head_dim 80 with a cache in float8_e4m3fn"),
+        ({"batch": 5000}, "batch 5000"),
+    ],
+)
+def test_cuda_paged_says_why_not(change: dict[str, object], reason: str) -> None:
+    (why,) = cuda_paged.refusals(problem(**change))
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"q_len": 2}, "one query"), ({"softcap": 3.0}, "softcap"), ({"window": (5, 0)}, "window (5, 0)")],
+)
+def test_teaching_rungs_say_why_not(change: dict[str, object], reason: str) -> None:
+    (why,) = one_query.cuda_refusals(problem(**change))
+    assert reason in why
+
+
+@given(
+    head_dim=st.sampled_from(cuda_paged.HEAD_DIMS),
+    group=st.sampled_from([1, 3, 4, 8, 16, 64]),
+    kv_heads=st.sampled_from([1, 2, 3, 8]),
+    q_len=st.integers(1, cuda_paged.MAX_Q_LEN),
+    page_size=st.integers(1, cuda_paged.MAX_PAGE_SIZE),
+    batch=st.integers(1, cuda_paged.MAX_BATCH),
+    kv_dtype=st.sampled_from([None, "float8_e4m3fn"]),
+)
+def test_every_accepted_problem_has_a_shape_that_fits(
+    head_dim: int, group: int, kv_heads: int, q_len: int, page_size: int, batch: int, kv_dtype: str | None
+) -> None:
+    described = problem(
+        head_dim=head_dim, q_heads=group * kv_heads, kv_heads=kv_heads, q_len=q_len, page_size=page_size,
+        batch=batch, kv_dtype=kv_dtype,
+    )  # fmt: skip
+    if cuda_paged.refusals(described):
+        return
+    shape = cuda_paged.choose_shape(described)
+    assert shape.shared_bytes(batch) <= 227 * 1024
+    assert kv_heads % shape.heads == 0
+    assert shape.warps % shape.heads == 0
+    assert page_size % shape.run == 0
+    assert shape.keys % shape.run == 0
+    assert shape.stages >= 1
