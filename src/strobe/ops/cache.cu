@@ -17,7 +17,8 @@ struct Append {
 // Eight features to the cache, divided by the head's scale where it is e4m3 (the largest finite number at most).
 __device__ __forceinline__ void store(scalar_t* to, const float (&x)[8], const float*, int) {
   *reinterpret_cast<uint4*>(to) =
-      make_uint4(pack<scalar_t>(x[0], x[1]), pack<scalar_t>(x[2], x[3]), pack<scalar_t>(x[4], x[5]), pack<scalar_t>(x[6], x[7]));
+      make_uint4(pack<scalar_t>(x[0], x[1]), pack<scalar_t>(x[2], x[3]), pack<scalar_t>(x[4], x[5]),
+                 pack<scalar_t>(x[6], x[7]));
 }
 __device__ __forceinline__ void store(u8* to, const float (&x)[8], const float* scales, int head) {
   const float scale = scales ? 1.f / scales[head] : 1.f;
@@ -41,7 +42,8 @@ extern "C" __global__ void append(const __grid_constant__ Append p) {
   if (token >= p.tokens) return;
 
   const int value = head - p.q_heads - p.kv_heads;  // from 0 on: a value's head
-  const scalar_t* from = value < 0 ? p.k + token * p.k_token + head * p.k_head : p.v + token * p.v_token + value * p.v_head;
+  const scalar_t* from =
+      value < 0 ? p.k + token * p.k_token + head * p.k_head : p.v + token * p.v_token + value * p.v_head;
   float first[8], second[8];
   load_floats(from + d, first);
   load_floats(from + HALF + d, second);

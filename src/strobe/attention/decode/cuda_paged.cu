@@ -5,14 +5,17 @@
 //   3. attend    S^T = K Q^T and O^T = V^T P^T on tensor cores: keys and features are the 16 rows of
 //                m16n8k16, query rows (GROUP heads x q_len) its 8 columns, so that a group of up to eight
 //                heads costs one product and nothing is padded further
-//   4. gather    the block's warps add up their shares of a segment (docs/math.md, split-KV merge)
-//   5. merge     a segment that several blocks share is added up by the last of them, in their order:
-//                same inputs, same bits. A block waits for blocks before it only, which run already. Partials tell by themselves when they are there, so nobody
-//                counts or fences: an empty word is a NaN that arithmetic never makes
+//   4. gather    the block's warps add up their shares of a segment (docs/math.md, eq. 6)
+//   5. merge     a segment that several blocks share is added up by the last of them, in their order: same
+//                inputs, same bits. Partials tell by themselves when they are there, so nobody counts or
+//                fences: an empty word is a NaN that arithmetic never makes
 //
-// Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads
-// that a block reads side by side), WARPS, STAGES, // scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for e4m3 with a scale a head), SOFTCAP, SINKS.
-
+// A merge waits for blocks of lower number only. That ends because blocks start in the order of their
+// numbers, as every NVIDIA GPU so far has it, though CUDA does not promise it.
+//
+// Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads that a
+// block reads side by side), WARPS, STAGES, scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for
+// e4m3 with a scale a head), SOFTCAP, SINKS.
 #include "operands.cuh"
 #include "tile_stream.cuh"
 #include "work_list.cuh"
@@ -33,7 +36,7 @@ struct Params {
   const int *seq_lens, *page_table, *cu_seqlens_q;
   const float* sinks;
   const float *k_scale, *v_scale;  // [kv_heads], or null: 1
-  u8* partials;        // [blocks, 2] Partials, empty between launches
+  u8* partials;                    // [blocks, 2] Partials, empty between launches
   i64 q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   i64 lse_row_stride, lse_head_stride;
   int batch, segments, q_len, row_blocks, table_stride, left, right;
@@ -292,7 +295,9 @@ __device__ __forceinline__ Partial& partial(const Params& p, int block, bool beg
 
 constexpr u32 EMPTY = 0xffffffff;  // a word that nobody has written; arithmetic makes the NaN 0x7fffffff only
 
-__device__ __forceinline__ float written(float x) { return __float_as_uint(x) == EMPTY ? __uint_as_float(EMPTY >> 1) : x; }
+__device__ __forceinline__ float written(float x) {
+  return __float_as_uint(x) == EMPTY ? __uint_as_float(EMPTY >> 1) : x;
+}
 
 __device__ __forceinline__ float4 look(const float4* from) {
   float4 x;
@@ -324,8 +329,8 @@ struct Item {
 };
 
 // Add up the warps' shares of a segment; write it out where that is complete, else leave a partial.
-__device__ __forceinline__ void gather(const Params& p, const Shared& shared, const Segment& s, Rows rows, bool complete,
-                                       Partial& partial) {
+__device__ __forceinline__ void gather(const Params& p, const Shared& shared, const Segment& s, Rows rows,
+                                       bool complete, Partial& partial) {
   const int first_head = rows.kv_head - threadIdx.x / 32 % HEADS;
   for (int i = threadIdx.x; i < Item::count(rows.count); i += THREADS) {
     const Item at(i, rows.count);
@@ -351,7 +356,8 @@ __device__ __forceinline__ void gather(const Params& p, const Shared& shared, co
 // Add up the partials of blocks first, first + 1, ... of a segment and leave their places empty. `scratch` is
 // shared memory. Threads to spare form teams that divide the blocks among themselves. This runs once, out
 // of a cold instruction cache and with nothing to hide behind: it is short on purpose.
-__device__ __forceinline__ void merge(const Params& p, u32 first, u32 blocks, u8* scratch, const Segment& s, Rows rows) {
+__device__ __forceinline__ void merge(const Params& p, u32 first, u32 blocks, u8* scratch, const Segment& s,
+                                      Rows rows) {
   constexpr int BATCH = 8;  // loads in flight
   const float nothing = __uint_as_float(EMPTY);
   const u32 lines = HEADS * rows.count, items = Item::count(rows.count);
@@ -431,7 +437,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
 
   const int share_begin = work.begin(blockIdx.x), share_end = work.begin(blockIdx.x + 1);
   TileStream stream{work, k_map, v_map, p.page_table, p.table_stride, p.row_blocks,
-                    dynamic + warp * STAGES * 2 * Shape::BYTES, shared.full[warp], share_begin + warp / HEADS, share_end};
+                    dynamic + warp * STAGES * 2 * Shape::BYTES, shared.full[warp],
+                    share_begin + warp / HEADS, share_end};
   stream.start();
 
   Queries q;

@@ -35,7 +35,8 @@ partials(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspa
 }
 
 // grid (q_heads, batch), a thread a feature
-extern "C" __global__ void merge(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace w, int splits) {
+extern "C" __global__ void merge(const __grid_constant__ DecodeParams p, const __grid_constant__ Workspace w,
+                                 int splits) {
   const int head = blockIdx.x, row = blockIdx.y;
   const i64 at = (i64(row) * gridDim.x + head) * splits;
   float maximum = NEG_INF, sum = 0.f, total = 0.f;
