@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,24 +32,34 @@ def check_path(path: Path) -> None:
 
 
 def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Time, speed and extra memory against length on log axes, a line a provider."""
+    """Time, speed and extra memory against length on log axes, a line a provider; peers are dashed."""
     pyplot = _pyplot()
     decode = all("layout" in row["case"] for row in rows)
     speed = ("gbps", "GB/s") if decode else ("tflops", "TFLOP/s")
     panels = [("ms", "ms"), speed]
     if any(row.get("peak_bytes") for row in rows):
         panels.append(("peak_bytes", "extra memory, bytes"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 2, 4.5), layout="constrained")
     lengths = sorted({row["case"]["kv_len"] for row in rows})
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    colors = pyplot.get_cmap("tab10" if len(providers) <= 10 else "tab20").colors
     for axis, (field, label) in zip(axes, panels, strict=True):
-        for provider in dict.fromkeys(row["provider"] for row in rows):
+        for index, provider in enumerate(providers):
             points = [
                 (row["case"]["kv_len"], row[field])
                 for row in rows
                 if row["provider"] == provider and row.get(field)
             ]
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=provider)
+                ours = provider.startswith("strobe:")
+                axis.plot(
+                    *zip(*sorted(points), strict=True),
+                    color=colors[index % len(colors)],
+                    linestyle="-" if ours else "--",
+                    marker="o" if ours else "s",
+                    markersize=4,
+                    label=provider.removeprefix("strobe:"),
+                )
         axis.set_xscale("log", base=2)
         axis.set_yscale("linear" if field == speed[0] else "log")
         axis.set_xticks(lengths, [_short(n) for n in lengths])
@@ -56,7 +67,7 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_xlabel("keys")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -83,41 +94,62 @@ def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str)
     pyplot.close(figure)
 
 
+_KINDS = {
+    "attention": ("tab:blue", "o"),
+    "matrix product": ("tab:green", "^"),
+    "peer": ("tab:orange", "s"),
+}
+
+
 def roofline(rows: Sequence[Row], matmul_tflops: float, read_gbps: float, path: Path, title: str) -> None:
     """Each row at its arithmetic intensity and rate under the measured roof (docs/math.md, equation 8).
 
     Rows of one intensity would print over one another, so each intensity has a column of labels
-    beside its points, in the points' order.
+    beside its points, in the points' order and under the roof: on the right, or on the left where the
+    next intensity is near.
     """
     pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(11, 7), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(15, 9), layout="constrained")
     ridge = matmul_tflops * 1e3 / read_gbps
     columns = sorted({row["intensity"] for row in rows})
-    low, high = min([0.5, *columns]) / 2, max([ridge, *columns]) * 12
+    low, high = min([ridge, *columns]) / 2, max([ridge, *columns]) * 6
     axis.plot([low, ridge, high], [low * read_gbps * 1e-3, matmul_tflops, matmul_tflops], "k-", linewidth=1.5)
     axis.annotate(f"{read_gbps:.4g} GB/s", (low * 1.2, low * 1.2 * read_gbps * 1.8e-3), fontsize=9)
     axis.annotate(f"{matmul_tflops:.4g} TFLOP/s", (ridge * 1.1, matmul_tflops * 1.12), fontsize=9)
-    lowest = min(row["tflops"] for row in rows)
-    for intensity in columns:
+    bottom, top = min(row["tflops"] for row in rows) / 2, matmul_tflops * 2
+    gap = math.log(top / bottom) / 58  # labels of 7.5 points on axes 8 inches high
+    for intensity, after in zip(columns, [*columns[1:], math.inf], strict=True):
         column = sorted((row for row in rows if row["intensity"] == intensity), key=lambda row: row["tflops"])
-        heights = _spread([row["tflops"] for row in column], 1.28)
-        for row, height in zip(column, heights, strict=True):
-            ours = row["provider"].startswith("strobe:")
-            color = "tab:blue" if ours else "tab:orange"
-            axis.plot(intensity, row["tflops"], "o" if ours else "s", color=color, markersize=6)
+        to_left = after < 3 * intensity
+        roof = min(matmul_tflops, read_gbps * intensity * (0.5 if to_left else 1.2) * 1e-3)
+        places = _spread([math.log(row["tflops"]) for row in column], gap, math.log(roof) - 0.7 * gap)
+        for row, place in zip(column, places, strict=True):
+            color, marker = _KINDS[_kind(row)]
+            axis.plot(intensity, row["tflops"], marker, color=color, markersize=5)
             axis.annotate(
                 f"{row['provider'].removeprefix('strobe:')}  {row['tflops']:.3g}",
                 (intensity, row["tflops"]),
-                xytext=(intensity * 1.25, height),
-                fontsize=8,
+                xytext=(intensity / 1.2 if to_left else intensity * 1.2, math.exp(place)),
+                fontsize=7.5,
+                ha="right" if to_left else "left",
                 va="center",
                 color=color,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": color},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "linewidth": 0.4,
+                    "color": color,
+                    "shrinkA": 1,
+                    "relpos": (1.0 if to_left else 0.0, 0.5),
+                },
             )
+    for kind in dict.fromkeys(map(_kind, rows)):
+        color, marker = _KINDS[kind]
+        axis.plot([], [], marker, color=color, label=kind)
+    axis.legend(loc="upper left", fontsize=9)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
-    axis.set_ylim(lowest / 2, matmul_tflops * 2)
+    axis.set_ylim(bottom, top)
     axis.set_xlabel("operations a byte of device memory")
     axis.set_ylabel("TFLOP/s")
     axis.set_title(title)
@@ -126,12 +158,28 @@ def roofline(rows: Sequence[Row], matmul_tflops: float, read_gbps: float, path: 
     pyplot.close(figure)
 
 
-def _spread(values: Sequence[float], ratio: float) -> list[float]:
-    """Ascending values moved up as little as keeps each at least `ratio` times the one before."""
-    heights: list[float] = []
-    for value in values:
-        heights.append(max(value, heights[-1] * ratio) if heights else value)
-    return heights
+def _kind(row: Row) -> str:
+    if not row["provider"].startswith("strobe:"):
+        return "peer"
+    return "matrix product" if "tokens" in row["case"] else "attention"
+
+
+def _spread(values: Sequence[float], gap: float, most: float) -> list[float]:
+    """Ascending values moved as little as keeps each `gap` above the one before, and all below `most`.
+
+    With i gaps taken off the i-th, that is a regression to an ascending sequence: neighbours out of
+    order share their mean.
+    """
+    pools: list[tuple[float, int]] = []  # mean and count
+    for index, value in enumerate(values):
+        pool = (value - index * gap, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, count = pools.pop()
+            pool = ((mean * count + pool[0] * pool[1]) / (count + pool[1]), count + pool[1])
+        pools.append(pool)
+    level = [mean for mean, count in pools for _ in range(count)]
+    highest = most - (len(values) - 1) * gap
+    return [min(mean, highest) + index * gap for index, mean in enumerate(level)]
 
 
 def _short(n: int) -> str:

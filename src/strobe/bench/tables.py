@@ -8,16 +8,16 @@ from typing import Any
 from strobe.bench.results import Row
 
 
-def case_name(case: dict[str, Any]) -> str:
-    """One line for a shape: "batch 4, 2048, heads 32/8 x 128, causal"."""
+def case_name(case: dict[str, Any], *, lengths: bool = True) -> str:
+    """One line for a shape: "batch 4, 2048, heads 32/8 x 128, causal"; without its lengths for a sweep."""
     heads = str(case["q_heads"])
     if case["kv_heads"] != case["q_heads"]:
         heads += f"/{case['kv_heads']}"
-    length = str(case["kv_len"])
-    if case["q_len"] != case["kv_len"]:
-        length = f"{case['q_len']} x {length}"
-    mask = "causal" if case["causal"] else "full"
-    parts = [f"batch {case['batch']}", length, f"heads {heads} x {case['head_dim']}", mask]
+    parts = [f"batch {case['batch']}"]
+    if lengths:
+        alike = case["q_len"] == case["kv_len"]
+        parts.append(str(case["kv_len"]) if alike else f"{case['q_len']} x {case['kv_len']}")
+    parts += [f"heads {heads} x {case['head_dim']}", "causal" if case["causal"] else "full"]
     if "page_size" in case:
         parts[-1] = f"page {case['page_size']}"
     return ", ".join(parts)

@@ -58,7 +58,7 @@ def attention(
 ) -> None:
     """Check, then time attention kernels and peers over one shape, a sweep or a suite, in one run."""
     from strobe.attention.cases import SUITES, decode_shape, prefill_shape
-    from strobe.bench import plots
+    from strobe.bench import plots, tables
     from strobe.bench.results import Result, default_path
 
     if plot is not None:
@@ -83,7 +83,8 @@ def attention(
     if save is not None:
         result.save(default_path(bench) if str(save) == "auto" else save)
     if plot is not None:
-        plots.against_length(rows, plot, f"{cases[0]}, {dtype}")
+        shape = tables.case_name(rows[0]["case"], lengths=False) if rows else "nothing ran"
+        plots.against_length(rows, plot, f"{shape}, {dtype}")
     if json:
         console.write_json(result.__dict__)
     elif csv:
