@@ -18,8 +18,8 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
 
 IDEA = "queries of one key head as rows of one product, keys gathered into buffers that layers share"
 
-_PART_TOKENS = 2048
-"""Keys gathered at once: with their values they fit the second-level cache (2 MiB at 128 floats a token)."""
+_PART_TOKENS = 1024
+"""Keys gathered at once: with their values they fit a second-level cache (1 MiB at 128 floats a token)."""
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
