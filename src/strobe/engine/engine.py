@@ -143,10 +143,7 @@ class Engine:
         if not schedule.chunks:
             return ended
         logits = self.runner.run(schedule)
-        count = len(schedule.sampled)
-        for chunk, scores in self.sampler.score_prompts(logits[count:], schedule):
-            chunk.sequence.request.prompt_logprobs += scores
-        sampled = self.sampler.sample(logits[:count], schedule.sampled)
+        sampled = self.sampler.sample(logits, schedule)
         return ended + self._accept(schedule, sampled)
 
     def stats(self) -> EngineStats:
@@ -198,6 +195,8 @@ class Engine:
         for chunk in schedule.chunks:
             if chunk.sequence.request.started is None:
                 chunk.sequence.request.started = now
+        for chunk, scores in sampled.prompt_logprobs:
+            chunk.sequence.request.prompt_logprobs += scores
         for row, logprobs in sampled.read_logprobs(schedule.sampled).items():
             schedule.sampled[row].logprobs.append(logprobs)
         chunks = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ class Sampled:
     """Drawn tokens, still on the device: `token_ids` int64 `[rows]`.
 
     `logprobs` are (chosen `[wanting]`, top values `[wanting, top]`, top ids) of the rows `wanting`.
+    `prompt_logprobs` go on from what each chunk's request has.
     """
 
     token_ids: torch.Tensor
     wanting: tuple[int, ...] = ()
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    prompt_logprobs: tuple[tuple[Chunk, list[TokenLogprobs]], ...] = ()
 
     def read_logprobs(self, sequences: SequenceOf[Sequence]) -> dict[int, TokenLogprobs]:
         """By row, for those that want them. Waits for the device."""
@@ -51,7 +53,15 @@ class Sampler:
     def __init__(self, stop_ids: SequenceOf[int]) -> None:
         self._stop_ids = tuple(stop_ids)
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> Sampled:
+    def sample(self, logits: torch.Tensor, schedule: Schedule) -> Sampled:
+        """A token for each of `schedule.sampled`, from `logits` as `Runner.run` lays them out."""
+        count = len(schedule.sampled)
+        sampled = self._sample(logits[:count], schedule.sampled)
+        if not schedule.scored:
+            return sampled
+        return replace(sampled, prompt_logprobs=tuple(self._score_prompts(logits[count:], schedule)))
+
+    def _sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> Sampled:
         """Draw a token for each sequence from its row of `logits` `[rows, vocab]`."""
         params = [sequence.params for sequence in sequences]
         if all(p.plain for p in params):
@@ -91,7 +101,7 @@ class Sampler:
         asked = sampling.logprobs(raw[list(wanting)], token_ids[list(wanting)], min(top, raw.shape[1]))
         return Sampled(token_ids, wanting, asked)
 
-    def score_prompts(
+    def _score_prompts(
         self, logits: torch.Tensor, schedule: Schedule
     ) -> Iterator[tuple[Chunk, list[TokenLogprobs]]]:
         """For each chunk of `schedule.scored` those prompt tokens that it gives log-probabilities of, and
