@@ -96,6 +96,25 @@ def test_documents_follow_their_results(tmp_path: Path, monkeypatch: pytest.Monk
         document.main([])
 
 
+def test_figures_follow_their_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("no tables")
+    folder = tmp_path / "benchmarks/results/gpu"
+    ceilings = {"dtype": "float32", "matmul_tflops": 1.0, "read_gbps": 100.0}
+    rows = measure([SMALL], "torch_naive")
+    Result.here("roofline", rows, commit="abc", ceilings=ceilings).save(folder / "roofline.json")
+    assert document.main(["--check"]) == 1
+    assert not (folder / "roofline.svg").exists()
+    assert document.main([]) == 0
+    assert document.main(["--check"]) == 0
+    drawn = (folder / "roofline.svg").read_bytes()
+    (folder / "roofline.svg").unlink()
+    assert document.main([]) == 0
+    assert (folder / "roofline.svg").read_bytes() == drawn
+    Result.here("roofline", rows, commit="def", ceilings=ceilings).save(folder / "roofline.json")
+    assert document.main(["--check"]) == 1
+
+
 def test_tables_mark_the_best_and_the_wrong() -> None:
     case = {"batch": 1, "q_len": 8, "kv_len": 8, "q_heads": 2, "kv_heads": 1, "head_dim": 4, "causal": True}
     rows = [
@@ -113,7 +132,9 @@ def test_figures_are_written(tmp_path: Path, suffix: str) -> None:
     rows = measure(sweep(SMALL, [8, 16]), "torch_naive", "torch_online")
     lines, roof = tmp_path / f"lines{suffix}", tmp_path / f"roof{suffix}"
     plots.against_length(rows, lines, "title")
-    plots.roofline(rows, 1.0, 100.0, roof, "title")
+    ceilings = {"dtype": "float32", "matmul_tflops": 1.0, "read_gbps": 100.0}
+    result = Result.here("roofline", rows, ceilings=ceilings)
+    plots.roofline(result, roof)
     assert lines.stat().st_size > 1000
     assert roof.stat().st_size > 1000
     with pytest.raises(StrobeError, match="unknown figure format"):

@@ -14,9 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from strobe.bench import plots
-from strobe.bench.results import Row
+from strobe.bench.results import Result, Row
 
 MATMUL_TFLOPS, READ_GBPS = 760.0, 4550.0
+MACHINE = {
+    "gpu": "a machine",
+    "ceilings": {"dtype": "bfloat16", "matmul_tflops": MATMUL_TFLOPS, "read_gbps": READ_GBPS},
+}
 
 
 @pytest.fixture
@@ -43,8 +47,8 @@ def rows(seed: int) -> list[Row]:
     def column(count: int, intensity: float, case: dict, prefix: str) -> list[Row]:
         roof = min(MATMUL_TFLOPS, READ_GBPS * intensity * 1e-3)
         return [
-            {"case": case, "provider": f"{prefix}kernel_of_name_{i:02}", "intensity": intensity,
-             "tflops": min(0.98 * roof, 10 ** draw.uniform(-1, 2.9))}
+            {"case": case, "checked": True, "provider": f"{prefix}kernel_of_name_{i:02}",
+             "intensity": intensity, "tflops": min(0.98 * roof, 10 ** draw.uniform(-1, 2.9))}
             for i in range(count)
         ]  # fmt: skip
 
@@ -60,7 +64,7 @@ def rows(seed: int) -> list[Row]:
 @pytest.mark.parametrize("seed", range(3))
 def test_roofline_labels_stay_apart(seed: int, drawn: Figure, tmp_path: Path) -> None:
     given_rows = rows(seed)
-    plots.roofline(given_rows, MATMUL_TFLOPS, READ_GBPS, tmp_path / "roof.png", "a machine")
+    plots.roofline(Result("roofline", given_rows, MACHINE), tmp_path / "roof.png")
     (axis,) = drawn.axes
     labels = [text for text in axis.texts if isinstance(text, Annotation) and "kernel_" in text.get_text()]
     assert len(labels) == len(given_rows)
@@ -71,6 +75,15 @@ def test_roofline_labels_stay_apart(seed: int, drawn: Figure, tmp_path: Path) ->
         assert axis.bbox.x0 <= box.x0 < box.x1 <= axis.bbox.x1, label.get_text()
         _, highest = axis.transData.inverted().transform((box.x0, box.y1))
         assert highest <= MATMUL_TFLOPS, label.get_text()
+
+
+def test_roofline_draws_right_answers_and_one_shape_a_kernel(drawn: Figure, tmp_path: Path) -> None:
+    row = {"case": {"tokens": 1}, "checked": True, "provider": "strobe:a", "intensity": 1.0, "tflops": 2.0}
+    wrong = {"case": {"tokens": 1}, "checked": False, "provider": "strobe:wrong"}
+    other = {**row, "intensity": 0.99, "tflops": 1.0}
+    plots.roofline(Result("roofline", [row, wrong, other], MACHINE), tmp_path / "roof.png")
+    texts = [text.get_text() for text in drawn.axes[0].texts]
+    assert [text for text in texts if "/s" not in text] == ["a  2"]
 
 
 @given(

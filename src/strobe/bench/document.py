@@ -1,7 +1,8 @@
-"""Keeps the tables of README.md and docs/ equal to the committed results.
+"""Keeps the tables of README.md and docs/, and the figures they show, equal to the committed results.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; NAME is `machine/table`, as in
-`h200/prefill`. `python -m strobe.bench.document` rewrites them all, `--check` says which are stale.
+`h200/prefill`. A figure stands beside its result. `python -m strobe.bench.document` makes them all anew,
+`--check` says which are stale.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from strobe.attention import ladder
-from strobe.bench import tables
+from strobe.bench import plots, tables
 from strobe.bench.results import Result, Row
 from strobe.errors import StrobeError, UnknownNameError
 
@@ -179,9 +180,24 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
 """By name: the result file, and what is made of it."""
 
 
+def stale_figures(root: Path) -> list[tuple[Result, Path]]:
+    """The figures that are not there or were not drawn from the result beside them, which they name."""
+    return [
+        (result, figure)
+        for path in sorted((root / RESULTS).glob("*/roofline.json"))
+        for result in [Result.load(path)]
+        for figure in (path.with_suffix(".png"), path.with_suffix(".svg"))
+        if not figure.is_file() or plots.roofline_title(result).encode() not in figure.read_bytes()
+    ]
+
+
 def main(arguments: list[str]) -> int:
-    """Rewrite the tables below the current folder, or with `--check` name the stale files and return 1."""
+    """Make the tables and figures below the current folder; with `--check` name the stale ones, return 1."""
     root, stale = Path.cwd(), []
+    for result, figure in stale_figures(root):
+        stale.append(figure.relative_to(root))
+        if "--check" not in arguments:
+            plots.roofline(result, figure)
     for path in documents(root):
         text = path.read_text(encoding="utf-8")
         fresh = render(text, root)
@@ -191,9 +207,7 @@ def main(arguments: list[str]) -> int:
         if "--check" not in arguments:
             path.write_text(fresh, encoding="utf-8")
     for path in stale:
-        sys.stderr.write(
-            f"{path}: tables {'are stale: make results' if '--check' in arguments else 'made'}\n"
-        )
+        sys.stderr.write(f"{path}: {'stale: make results' if '--check' in arguments else 'made'}\n")
     return 1 if stale and "--check" in arguments else 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from strobe.bench.results import Row
+from strobe.bench.results import Result, Row
 from strobe.errors import MissingExtraError, StrobeError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -101,25 +101,33 @@ _KINDS = {
 }
 
 
-def roofline(rows: Sequence[Row], matmul_tflops: float, read_gbps: float, path: Path, title: str) -> None:
+def roofline_title(result: Result) -> str:
+    machine = result.machine.get("gpu") or result.machine["cpu"]
+    dtype = result.machine["ceilings"]["dtype"]
+    return f"{machine}, {dtype}; strobe {result.commit}, {result.when[:10]}"
+
+
+def roofline(result: Result, path: Path) -> None:
     """Each row at its arithmetic intensity and rate under the measured roof (docs/math.md, equation 8).
 
     Rows of one intensity would print over one another, so each intensity has a column of labels
     beside its points, in the points' order and under the roof: on the right, or on the left where the
-    next intensity is near.
+    next intensity is near. Of a kernel's several rows in a column the first is drawn.
     """
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(15, 9), layout="constrained")
+    rows = [row for row in result.rows if row["checked"]]
+    matmul_tflops, read_gbps = (result.machine["ceilings"][name] for name in ("matmul_tflops", "read_gbps"))
     ridge = matmul_tflops * 1e3 / read_gbps
-    columns = sorted({row["intensity"] for row in rows})
+    columns = _columns(rows)
     low, high = min([ridge, *columns]) / 2, max([ridge, *columns]) * 6
     axis.plot([low, ridge, high], [low * read_gbps * 1e-3, matmul_tflops, matmul_tflops], "k-", linewidth=1.5)
     axis.annotate(f"{read_gbps:.4g} GB/s", (low * 1.2, low * 1.2 * read_gbps * 1.8e-3), fontsize=9)
     axis.annotate(f"{matmul_tflops:.4g} TFLOP/s", (ridge * 1.1, matmul_tflops * 1.12), fontsize=9)
     bottom, top = min(row["tflops"] for row in rows) / 2, matmul_tflops * 2
     gap = math.log(top / bottom) / 58  # labels of 7.5 points on axes 8 inches high
-    for intensity, after in zip(columns, [*columns[1:], math.inf], strict=True):
-        column = sorted((row for row in rows if row["intensity"] == intensity), key=lambda row: row["tflops"])
+    for intensity, after in zip(columns, [*list(columns)[1:], math.inf], strict=True):
+        column = columns[intensity]
         to_left = after < 3 * intensity
         roof = min(matmul_tflops, read_gbps * intensity * (0.5 if to_left else 1.2) * 1e-3)
         places = _spread([math.log(row["tflops"]) for row in column], gap, math.log(roof) - 0.7 * gap)
@@ -152,10 +160,25 @@ def roofline(rows: Sequence[Row], matmul_tflops: float, read_gbps: float, path: 
     axis.set_ylim(bottom, top)
     axis.set_xlabel("operations a byte of device memory")
     axis.set_ylabel("TFLOP/s")
-    axis.set_title(title)
+    axis.set_title(title := roofline_title(result))
     axis.grid(alpha=0.3, which="major")
-    figure.savefig(path, dpi=130)
+    # drawn again from the same result, an SVG is the same file
+    metadata = {"Title": title, **({"Date": None} if path.suffix == ".svg" else {})}
+    with pyplot.rc_context({"svg.hashsalt": "strobe"}):
+        figure.savefig(path, dpi=130, metadata=metadata)
     pyplot.close(figure)
+
+
+def _columns(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """Intensity, ascending → its rows, slowest first, one a kernel; intensities within 5 % are one."""
+    columns: dict[float, dict[str, Row]] = {}
+    for row in rows:
+        near = (known for known in columns if abs(math.log(row["intensity"] / known)) < 0.05)
+        columns.setdefault(next(near, row["intensity"]), {}).setdefault(row["provider"], row)
+    return {
+        intensity: sorted(columns[intensity].values(), key=lambda row: row["tflops"])
+        for intensity in sorted(columns)
+    }
 
 
 def _kind(row: Row) -> str:

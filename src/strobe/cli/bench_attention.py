@@ -159,15 +159,13 @@ def roofline(
     result = Result.here("roofline", rows, commit=commit, ceilings=roof.as_dict())
     if save is not None:
         result.save(default_path("roofline") if str(save) == "auto" else save)
-    right = [row for row in rows if row["checked"]]
     if plot is not None:
-        name = result.machine.get("gpu") or result.machine["cpu"]
-        plots.roofline(right, roof.matmul_tflops, roof.read_gbps, plot, f"{name}, {dtype}")
+        plots.roofline(result, plot)
     if json:
         console.write_json(result.__dict__)
         return
     table = []
-    for row in right:
+    for row in (row for row in rows if row["checked"]):
         attainable = min(roof.matmul_tflops, roof.read_gbps * row["intensity"] * 1e-3)
         share = f"{row['tflops'] / attainable:.1%}"
         table.append([row["provider"], f"{row['intensity']:.4g}", f"{row['tflops']:.4g}", share])
