@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,15 @@ class Outcome:
 
 
 Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """The command sets the level of the process that it has to itself; here it is put back."""
+    log = logging.getLogger("strobe")
+    before = log.level
+    yield
+    log.setLevel(before)
 
 
 @pytest.fixture
