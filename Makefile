@@ -20,8 +20,7 @@ help:
 	@echo "make format    rewrite the sources as 'make check' wants them"
 	@echo "make gpu-test  run the tests that need an NVIDIA GPU"
 	@echo "make bench     measure this machine: latency and throughput beside transformers"
-	@echo "make results   make the tables of README.md and docs/ from benchmarks/results"
-	@echo "make results   make the documents' tables anew from benchmarks/results"
+	@echo "make results   make the documents' tables and figures anew from benchmarks/results"
 	@echo "make wheel     build the wheel into dist/"
 	@echo "make clean     remove $(VENV) and caches"
 
@@ -40,7 +39,6 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m strobe.bench.document --check
 	$(RUN) -c "from importlinter.cli import lint_imports_command as lint; lint()"
 	$(RUN) -m strobe.bench.document --check
 
@@ -54,9 +52,6 @@ gpu-test: $(READY)
 bench: $(READY)
 	$(RUN) -m strobe bench latency --vs transformers --save auto
 	$(RUN) -m strobe bench throughput --vs transformers --save auto
-
-results: $(READY)
-	$(RUN) -m strobe.bench.document
 
 results: $(READY)
 	$(RUN) -m strobe.bench.document
