@@ -5,8 +5,47 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from .conftest import Cli
+
+SMALL = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA_3_ROPE),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=7),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=24),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=199, n_embd=48, n_head=4, n_layer=3, n_positions=128),
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_agrees(cli: Cli, tmp_path: Path, family: str) -> None:
+    network = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)  # biases too, which start at zero
+    network.save_pretrained(tmp_path)
+    outcome = cli("verify", str(tmp_path), "--device", "cpu", "--max-tokens", "24", "--json")
+    found = json.loads(outcome.out)
+    assert outcome.code == 0, found
+    assert found["logit_difference"] < 1e-4 * max(1.0, found["largest_logit"])
+    assert found["greedy_equal"] == found["greedy_tokens"] == 72
 
 
 def test_same_weights_agree(cli: Cli, model_folder: Path) -> None:
