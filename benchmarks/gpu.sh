@@ -14,3 +14,4 @@ bench decode attention --suite decode --vs "$decode_peers"
 bench ladder attention --suite ladder
 bench memory memory --seq 1k,2k,4k,8k --heads 8 --head-dim 64
 bench roofline roofline --vs "${prefill_peers}" --plot "$out/roofline.svg"
+bench engine_ladder engine-ladder --random llama2-7b --output 32 --runs 2
