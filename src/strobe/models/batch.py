@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from strobe.attention.problem import Paged
@@ -29,13 +31,18 @@ class KvTensors:
     ) -> KvTensors:
         """Room for `pages * page_size` tokens, zeroed: a page that was never written holds no NaN."""
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
-        return cls(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        )
+        return cls(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
 
     @property
     def page_size(self) -> int:
         return self.k.shape[2]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy asks the system for zeroed memory, which takes none until it is written
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, eq=False)
