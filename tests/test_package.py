@@ -14,7 +14,7 @@ import strobe
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "strobe"
 HEAVY = {"torch", "triton", "transformers", "tokenizers", "fastapi", "matplotlib", "typer", "rich", "cuda"}
-MOST_LINES = 320
+MOST_LINES = 350
 
 
 def run(code: str, **options: object) -> str:
