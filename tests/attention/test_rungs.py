@@ -37,13 +37,14 @@ def poisoned_run(
 def test_every_case_is_right_or_refused(rung: ladder.Rung, dtype: str) -> None:
     ran = 0
     for case in CORRECTNESS:
-        inputs = case.inputs(DTYPES[dtype], seed=torch.seed() % 2**31)
+        seed = torch.seed() % 2**31
+        inputs = case.inputs(DTYPES[dtype], seed=seed)
         with_lse = not rung.refusals(replace(inputs.problem, return_lse=True))
         if rung.refusals(replace(inputs.problem, return_lse=with_lse)):
             continue
         out, lse = poisoned_run(rung, inputs, with_lse)
         verdicts = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out, lse)
-        assert verdicts.right, f"{case}: {verdicts}"
+        assert verdicts.right, f"{case}, seed {seed}: {verdicts}"
         ran += 1
     assert ran >= (10 if rung in ladder.PREFILL else 5)
 
