@@ -59,13 +59,22 @@ def _prefill(result: Result) -> str:
 
 
 def _decode(result: Result) -> str:
+    return _microseconds(result, _peered(result.rows))
+
+
+def _decode_ladder(result: Result) -> str:
+    order = [f"strobe:{rung.name}" for rung in ladder.DECODE]
+    ours = [row for row in result.rows if row["provider"] in order]
+    return _microseconds(result, sorted(ours, key=lambda row: order.index(row["provider"])))
+
+
+def _microseconds(result: Result, rows: list[Row]) -> str:
     def cell(row: Row) -> str:
         return f"{row['ms'] * 1e3:.4g}" if row["checked"] else "WRONG"
 
-    fastest = [{**row, "speed": 1 / row["ms"]} if "ms" in row else row for row in _peered(result.rows)]
-    return (
-        "Microseconds a call, " + _dtype(result) + ":\n\n" + tables.by_provider(fastest, cell, best="speed")
-    )
+    fastest = [{**row, "speed": 1 / row["ms"]} if "ms" in row else row for row in rows]
+    table = tables.by_provider(fastest, cell, best="speed")
+    return f"Microseconds a call, {_dtype(result)}:\n\n{table}"
 
 
 def _ladder(result: Result) -> str:
@@ -96,6 +105,22 @@ def _standard(result: Result) -> str:
 
 def _memory(result: Result) -> str:
     return "MiB beyond inputs and output:\n\n" + tables.by_provider(result.rows, tables.memory)
+
+
+def _linear(result: Result) -> str:
+    ceilings = result.machine["ceilings"]
+    lines = []
+    for row in (row for row in result.rows if "tokens" in row["case"]):
+        case, name = row["case"], f"`{row['provider'].removeprefix('strobe:')}`"
+        shape = f"{case['tokens']} x {case['inputs']} → {case['outputs']}"
+        if "ms" not in row:
+            lines.append([shape, name, "WRONG", "", "", ""])
+            continue
+        roof = min(ceilings["matmul_tflops"], ceilings["read_gbps"] * row["intensity"] * 1e-3)
+        figures = (f"{row[field]:.4g}" for field in ("ms", "tflops", "gbps"))
+        lines.append([shape, name, *figures, f"{row['tflops'] / roof:.1%}"])
+    head = ["tokens x inputs → outputs", "rung", "ms", "TFLOP/s", "GB/s", "of the roof"]
+    return f"{ceilings['dtype']}:\n\n{tables.markdown(head, lines)}"
 
 
 def _latency(result: Result) -> str:
@@ -170,9 +195,11 @@ def _peered(rows: list[Row]) -> list[Row]:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "prefill": ("prefill", _prefill),
     "decode": ("decode", _decode),
+    "decode_ladder": ("decode", _decode_ladder),
     "ladder": ("ladder", _ladder),
     "standard": ("ladder", _standard),
     "memory": ("memory", _memory),
+    "linear": ("roofline", _linear),
     "latency": ("latency", _latency),
     "throughput": ("throughput", _throughput),
     "engine_ladder": ("engine_ladder", _engine_ladder),
