@@ -13,12 +13,14 @@ import torch
 import transformers
 from typer.main import get_command
 
+from strobe.attention import ladder
 from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS
 from strobe.attention.check import verdict
 from strobe.bench.verify import logits
 from strobe.checkpoints import huggingface_config, load
 from strobe.cli.main import app
+from strobe.linear import ladder as linear_ladder
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
@@ -92,6 +94,24 @@ def test_verbs_and_targets_exist(document: str) -> None:
 def test_readme_names_every_verb() -> None:
     text = (ROOT / "README.md").read_text()
     assert set(get_command(app).commands) == set(re.findall(r"^\| `strobe ([a-z]+)", text, re.MULTILINE))
+
+
+def test_ladder_names_every_rung_in_order() -> None:
+    text = (ROOT / "docs" / "ladder.md").read_text()
+    for section, rungs in {
+        "Prefill": [rung.name for rung in ladder.PREFILL],
+        "Decode": [rung.name for rung in ladder.DECODE],
+        "Products with the weights": list(linear_ladder.RUNGS),
+    }.items():
+        _, _, body = text.partition(f"\n## {section}\n")
+        written, _, _ = body.partition("<!-- results:")
+        assert re.findall(r"^\| `(\w+)` \|", written, re.MULTILINE) == rungs
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_links_of_documents_exist(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+        assert (document.parent / link).exists(), link
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
