@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -51,6 +52,7 @@ class Result:
             "driver": seen.driver,
             "cpu": f"{seen.cpu.name}, {seen.cpu.cores} cores",
             "clocks_mhz": _clocks() if seen.gpus else None,
+            "threads": None if seen.gpus else _threads(),
         }
         versions = {name: version for name, version in seen.versions.items() if version}
         return cls(
@@ -101,6 +103,12 @@ def _commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def _threads() -> int | None:
+    """Threads that torch computes with, where it is in use."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
 
 
 def _clocks() -> dict[str, int] | None:
