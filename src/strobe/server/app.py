@@ -72,7 +72,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     errors: dict[int | str, dict[str, Any]] = answers.documented(*_COMMON, 504)
 
     def streamed(answer: type) -> dict[int | str, dict[str, Any]]:
-        events = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        events = {"text/event-stream": {"schema": event}}
         return {200: {"model": answer, "content": events}, **errors}
 
     @app.post("/v1/completions", response_model=None, responses=streamed(answers.Completion))

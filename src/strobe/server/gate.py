@@ -79,15 +79,15 @@ class Gate:
         self._check_host(headers)
         if scope["path"] not in OPEN_ROUTES and self._keys:
             scope["api_key"] = self._key(headers.get("authorization", ""), page=scope["path"] == "/")
-        if scope["method"] != "POST":
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.config.max_body_bytes:
+            raise _too_large(self.config.max_body_bytes)
+        if length == "0" and "transfer-encoding" not in headers:
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # a form of another site can send any kind but this one without being asked for leave
             raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.config.max_body_bytes:
-            raise _too_large(self.config.max_body_bytes)
 
     def _check_host(self, headers: Headers) -> None:
         """On loopback without keys a page of another site could come in by a name that it points here."""
