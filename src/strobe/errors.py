@@ -38,7 +38,7 @@ class UnknownNameError(StrobeError, ValueError):
     @classmethod
     def among(cls, what: str, given: str, known: Iterable[str]) -> UnknownNameError:
         """`what` is the kind of thing ("kernel"); the message lists `known` and the nearest name."""
-        known = list(known)
+        known, given = list(known), f"{given!s:.100}"
         return cls(f"unknown {what} {given!r}; known: {', '.join(known)}", hint=did_you_mean(given, known))
 
 

@@ -24,6 +24,10 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def paged(table: list[list[int]], lens: list[int], **lengths: int) -> Paged:
+    return Paged(torch.tensor(table, dtype=torch.int32), int32(*lens), **lengths)
+
+
 Q, K, V = qkv()
 BAD_CALLS = {
     "q is a list": lambda: attention([1.0], K, V),
@@ -53,6 +57,30 @@ BAD_CALLS = {
     "batch of q, seq_lens and page_table is (2, 1, 2)": lambda: attention(
         Q, K, V, layout=Paged(int32(0, 1).view(2, 1), int32(7))
     ),
+    "q has dtype torch.float8_e4m3fn": lambda: attention(Q.to(torch.float8_e4m3fn), K, V),
+    "q is on meta": lambda: attention(Q.to("meta"), K.to("meta"), V.to("meta")),
+    "q_heads is 0": lambda: attention(Q[:, :, :0], K, V),
+    "head_dim is 0": lambda: attention(Q[..., :0], K[..., :0], V[..., :0]),
+    "kv_heads is 0": lambda: attention(Q, K[:, :, :0], V[:, :, :0]),
+    "window 5": lambda: attention(Q, K, V, window=5),
+    "window (nan, 0)": lambda: attention(Q, K, V, window=(float("nan"), 0)),
+    "window (0, 1267650600228229401496703205376)": lambda: attention(Q, K, V, window=(0, 1 << 100)),
+    "scale nan": lambda: attention(Q, K, V, scale=float("nan")),
+    "scale '1'": lambda: attention(Q, K, V, scale="1"),
+    "softcap None": lambda: attention(Q, K, V, softcap=None),
+    "causal is 'no'": lambda: attention(Q, K, V, causal="no"),
+    "sinks is a list": lambda: attention(Q, K, V, sinks=[0.0] * 4),
+    "sinks is [4] torch.int64": lambda: attention(Q, K, V, sinks=torch.zeros(4).long()),
+    "bias is a list": lambda: attention(Q, K, V, bias=[0.0]),
+    "layout is 'paged'": lambda: attention(Q, K, V, layout="paged"),
+    "window [0, 0]": lambda: attention(Q, K, V, layout=paged([[0], [1]], [7, 7]), window=[0, 0]),
+    "seq_lens holds -3": lambda: attention(Q, K, V, layout=paged([[0], [1]], [7, -3])),
+    "max_kv_len is 6, and a row has 7": lambda: attention(
+        Q, K, V, layout=paged([[0], [1]], [7, 7], max_kv_len=6)
+    ),
+    "max_q_len is -1": lambda: attention(
+        Q[0], K[0], V[0], layout=Packed(int32(0, 5), int32(0, 7), max_q_len=-1)
+    ),
 }
 
 
@@ -60,6 +88,41 @@ BAD_CALLS = {
 def test_bad_inputs_are_named(message: str) -> None:
     with pytest.raises(ProblemError, match=re.escape(message)):
         BAD_CALLS[message]()
+
+
+@pytest.mark.parametrize("sums", [[0, 4, 2, 5], [1, 5], [-1, 5], [0, 6], [0, 2**31 - 1]], ids=str)
+def test_bad_running_sums_are_named(sums: list[int]) -> None:
+    cu_seqlens = int32(*sums)
+    rows = len(sums) - 1
+    pages = Paged(torch.zeros(rows, 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32), cu_seqlens)
+    said = re.escape(f"cu_seqlens_q is {sums}; supported: from 0, never falling, up to 5 tokens")
+    with pytest.raises(ProblemError, match=said):
+        attention(Q[0], K[0], V[0], layout=Packed(cu_seqlens, cu_seqlens))
+    with pytest.raises(ProblemError, match=said):
+        attention(Q[0], K, V, layout=pages)
+
+
+@pytest.mark.parametrize("page", [2, -1, 2**31 - 1])
+def test_a_page_that_is_not_there_is_named(page: int) -> None:
+    with pytest.raises(ProblemError, match=f"page_table holds page {page}; the cache has 2 pages"):
+        attention(Q, K, V, layout=paged([[0], [page]], [7, 7]))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch_naive", "torch_sdpa", "torch_grouped"])
+def test_pages_past_a_row_are_never_read(kernel: str) -> None:
+    """Only what a row's length reaches is checked, and read: the rest of a table may hold anything."""
+    layout = paged([[1, -7], [0, 2**31 - 1]], [7, 3])
+    out = attention(Q[:, :1], K, V, layout=layout, kernel=kernel)
+    for row, (page, length) in enumerate([(1, 7), (0, 3)]):
+        alone = attention(Q[row : row + 1, :1], K[page : page + 1, :length], V[page : page + 1, :length])
+        torch.testing.assert_close(out[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("kernel", [None, 5, "", "x" * 100_000])
+def test_no_kernel_of_such_a_name(kernel: object) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        attention(Q, K, V, kernel=kernel)
+    assert len(str(caught.value)) < 1000
 
 
 def test_unknown_kernel_suggests_the_nearest() -> None:

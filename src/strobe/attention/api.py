@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 
-from strobe.attention import ladder
+from strobe.attention import inputs, ladder
 from strobe.attention.op import traced
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
-from strobe.errors import ProblemError
-
-_DTYPE_NAMES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float8_e4m3fn: "float8_e4m3fn",
-}
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Paged
 
 
 def attention(
@@ -106,11 +96,13 @@ def _plan(
         problem = describe(q, k, v, **options)
         return problem, ladder.choose(problem, kernel)
     kinds = tuple((x.shape, x.dtype, x.device, x.stride()[-1:]) for x in (q, k, v))
-    mask = (options.get("causal"), *options.get("window", ()))
-    key = (kernel, kinds, mask, *(options.get(name) for name in ("scale", "softcap", "bias", "return_lse")))
-    if key not in layout.scratch:
+    names = ("causal", "window", "scale", "softcap", "bias", "return_lse")
+    key = (kernel, kinds, *(options.get(name) for name in names))
+    try:
+        return layout.scratch[key]
+    except (KeyError, TypeError):  # new, or an argument without a hash: `describe` refuses those
         problem = describe(q, k, v, **options)
-        layout.scratch[key] = problem, ladder.choose(problem, kernel)
+    layout.scratch[key] = problem, ladder.choose(problem, kernel)
     return layout.scratch[key]
 
 
@@ -138,10 +130,10 @@ def describe(
 ) -> AttentionProblem:
     """The AttentionProblem of these tensors. Arguments and errors as in `attention`."""
     layout = layout if layout is not None else Dense()
-    _check_tensors(q, k, v, sinks)
-    batch, q_len, kv_len = _sizes(q, k, layout)
+    inputs.check_tensors(q, k, v, sinks)
+    batch, q_len, kv_len = inputs.sizes(q, k, layout)
     if bias is not None:
-        _check_bias(bias, q, (batch, q.shape[-2], q_len, kv_len))
+        inputs.check_bias(bias, q, (batch, q.shape[-2], q_len, kv_len))
     return AttentionProblem(
         batch=batch,
         q_len=q_len,
@@ -149,8 +141,8 @@ def describe(
         q_heads=q.shape[-2],
         kv_heads=k.shape[-2],
         head_dim=q.shape[-1],
-        dtype=_DTYPE_NAMES[q.dtype],
-        kv_dtype=_DTYPE_NAMES[k.dtype],
+        dtype=inputs.DTYPE_NAMES[q.dtype],
+        kv_dtype=inputs.DTYPE_NAMES[k.dtype],
         causal=causal,
         window=window,
         scale=scale,
@@ -176,122 +168,3 @@ def _arch(device: torch.device) -> int:
         major, minor = torch.cuda.get_device_capability(index)
         _ARCH[index] = 10 * major + minor
     return _ARCH[index]
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, torch.Tensor):
-            raise ProblemError(f"{name} is a {type(tensor).__name__}; supported: torch.Tensor")
-        if tensor.dtype not in _DTYPE_NAMES:
-            supported = ", ".join(_DTYPE_NAMES.values())
-            raise ProblemError(f"{name} has dtype {tensor.dtype}; supported: {supported}")
-        if tensor.device != q.device:
-            raise ProblemError(f"{name} is on {tensor.device}, q on {q.device}; supported: one device")
-        if tensor.dim() and tensor.numel() and tensor.stride(-1) != 1:
-            raise ProblemError(f"{name}'s last dimension is not contiguous", hint=f"pass {name}.contiguous()")
-    if k.dtype != v.dtype:
-        raise ProblemError(f"k has dtype {k.dtype}, v {v.dtype}; supported: one dtype")
-    if k.dtype != q.dtype and k.dtype != torch.float8_e4m3fn:
-        supported = "one dtype, or k and v in float8_e4m3fn"
-        raise ProblemError(f"q has dtype {q.dtype}, k {k.dtype}; supported: {supported}")
-    if k.shape != v.shape:
-        raise ProblemError(f"k is {list(k.shape)}, v {list(v.shape)}; supported: equal shapes")
-    if sinks is not None and (sinks.dim() != 1 or sinks.shape[0] != q.shape[-2] or sinks.device != q.device):
-        given = f"{list(sinks.shape)} on {sinks.device}"
-        raise ProblemError(f"sinks is {given}; supported: [q_heads] on {q.device}")
-
-
-def _check_bias(bias: torch.Tensor, q: torch.Tensor, scores: tuple[int, int, int, int]) -> None:
-    fits = bias.dim() <= 4 and all(
-        given in (1, wanted) for given, wanted in zip(reversed(bias.shape), reversed(scores), strict=False)
-    )
-    if not fits or not bias.is_floating_point() or bias.device != q.device:
-        given = f"{bias.dtype} {list(bias.shape)} on {bias.device}"
-        supported = f"floating point, broadcastable to {list(scores)}, on {q.device}"
-        raise ProblemError(f"bias is {given}; supported: {supported}")
-
-
-def _sizes(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> tuple[int, int, int]:
-    """(batch, longest q_len, longest kv_len) of tensors that fit the layout."""
-    packed_q = isinstance(layout, Packed) or (isinstance(layout, Paged) and layout.cu_seqlens_q is not None)
-    _expect_dims("q", q, 3 if packed_q else 4, layout)
-    _expect_dims("k", k, 3 if isinstance(layout, Packed) else 4, layout)
-    if q.shape[-1] != k.shape[-1]:
-        raise ProblemError(f"head_dim of q is {q.shape[-1]}, of k {k.shape[-1]}; supported: equal")
-    if isinstance(layout, Dense):
-        if q.shape[0] != k.shape[0]:
-            raise ProblemError(f"batch of q is {q.shape[0]}, of k {k.shape[0]}; supported: equal")
-        return q.shape[0], q.shape[1], k.shape[1]
-    if isinstance(layout, Packed):
-        _check_index("cu_seqlens_q", layout.cu_seqlens_q, 1, q)
-        _check_index("cu_seqlens_kv", layout.cu_seqlens_kv, 1, q)
-        if len(layout.cu_seqlens_q) != len(layout.cu_seqlens_kv) or len(layout.cu_seqlens_q) < 1:
-            given = (len(layout.cu_seqlens_q), len(layout.cu_seqlens_kv))
-            raise ProblemError(
-                f"cu_seqlens_q and cu_seqlens_kv have {given} entries; supported: batch + 1 in both"
-            )
-        return (
-            len(layout.cu_seqlens_q) - 1,
-            _longest(layout.max_q_len, lambda: _differences(layout.host_q)),
-            _longest(layout.max_kv_len, lambda: _differences(layout.host_kv)),
-        )
-    _check_index("page_table", layout.page_table, 2, q)
-    _check_index("seq_lens", layout.seq_lens, 1, q)
-    _check_scales(layout, k)
-    batch = layout.page_table.shape[0]
-    if layout.seq_lens.shape[0] != batch or (not packed_q and q.shape[0] != batch):
-        rows = (q.shape[0] if not packed_q else "packed", layout.seq_lens.shape[0], batch)
-        raise ProblemError(f"batch of q, seq_lens and page_table is {rows}; supported: equal")
-    kv_len = _longest(layout.max_kv_len, lambda: layout.host_lens)
-    if kv_len > layout.page_table.shape[1] * k.shape[1]:
-        room = layout.page_table.shape[1] * k.shape[1]
-        table = list(layout.page_table.shape)
-        raise ProblemError(f"a row has {kv_len} keys; page_table {table} holds {room}")
-    if not packed_q:
-        return batch, q.shape[1], kv_len
-    _check_index("cu_seqlens_q", layout.cu_seqlens_q, 1, q)
-    if layout.cu_seqlens_q.shape[0] != batch + 1:
-        entries = layout.cu_seqlens_q.shape[0]
-        raise ProblemError(f"cu_seqlens_q has {entries} entries; supported: batch + 1 = {batch + 1}")
-    return batch, _longest(layout.max_q_len, lambda: _differences(layout.host_q or [0])), kv_len
-
-
-def _check_scales(layout: Paged, k: torch.Tensor) -> None:
-    scales = {"k_scale": layout.k_scale, "v_scale": layout.v_scale}
-    if all(scale is None for scale in scales.values()):
-        return
-    if k.dtype != torch.float8_e4m3fn:
-        raise ProblemError(f"k_scale and v_scale with a cache in {k.dtype}; supported: torch.float8_e4m3fn")
-    for name, scale in scales.items():
-        given, wanted = type(scale).__name__, (torch.float32, [k.shape[2]], k.device)
-        if isinstance(scale, torch.Tensor):
-            if (scale.dtype, list(scale.shape), scale.device) == wanted and scale.is_contiguous():
-                continue
-            given = f"{scale.dtype} {list(scale.shape)} on {scale.device}"
-        raise ProblemError(f"{name} is {given}; supported: contiguous float32 {wanted[1]} on {k.device}")
-
-
-def _longest(given: int | None, lengths: Any) -> int:
-    return given if given is not None else max(lengths(), default=0)
-
-
-def _differences(sums: list[int]) -> list[int]:
-    return [b - a for a, b in itertools.pairwise(sums)]
-
-
-def _expect_dims(name: str, tensor: torch.Tensor, dims: int, layout: Layout) -> None:
-    if tensor.dim() != dims:
-        raise ProblemError(
-            f"{name} is {list(tensor.shape)}; supported: {dims} dimensions "
-            f"with layout {type(layout).__name__}"
-        )
-
-
-def _check_index(name: str, tensor: Any, dims: int, q: torch.Tensor) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int32 or tensor.dim() != dims:
-        is_tensor = isinstance(tensor, torch.Tensor)
-        given = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
-        plural = "s" if dims > 1 else ""
-        raise ProblemError(f"{name} is {given}; supported: an int32 tensor of {dims} dimension{plural}")
-    if tensor.device != q.device:
-        raise ProblemError(f"{name} is on {tensor.device}, q on {q.device}; supported: one device")

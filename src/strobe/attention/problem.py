@@ -5,9 +5,11 @@ This module imports no torch: a problem can be described, explained and costed o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from strobe.errors import ProblemError
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 UNLIMITED = -1
+WIDEST = 1 << 30
+"""The widest window: kernels add it to a position in 32 bits."""
 DECODE_MAX_Q_LEN = 16
 """Up to this many queries a row, a problem over a paged cache belongs to the decode ladder."""
 
@@ -31,7 +35,7 @@ class Packed:
 
     `cu_seqlens_q` and `cu_seqlens_kv` are int32 `[batch + 1]` running sums on the tensors' device.
     The maximum lengths are host integers; where they are left out they are read off the device,
-    which waits for it. `scratch` is as in `Paged`.
+    which waits for it. Tokens past the last sum are neither read nor written. `scratch` is as in `Paged`.
     """
 
     cu_seqlens_q: Any
@@ -89,9 +93,17 @@ class Paged:
 Layout = Dense | Packed | Paged
 
 
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, tuple)
+        and len(window) == 2
+        and all(isinstance(side, (int, np.integer)) and UNLIMITED <= side <= WIDEST for side in window)
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
-    """One attention call, without its data. Build it with `AttentionProblem.of` from tensors.
+    """One attention call, without its data. `attention.api.describe` builds it from tensors.
 
     `q_len` and `kv_len` are the longest row's. `window` is `(left, right)`, inclusive, -1 for no
     limit. Query i of a row sees key j when `j <= i + kv_len - q_len + right` and
@@ -137,12 +149,20 @@ class AttentionProblem:
             )
         if self.dtype not in DTYPE_BYTES:
             raise ProblemError(f"dtype {self.dtype}; supported: {', '.join(DTYPE_BYTES)}")
-        if len(self.window) != 2 or any(int(w) < UNLIMITED for w in self.window):
-            raise ProblemError(f"window {self.window}; supported: (left, right), each -1 or more")
-        if not self.softcap >= 0 or self.softcap == float("inf"):
-            raise ProblemError(f"softcap {self.softcap}; supported: 0 (none) or a positive number")
+        if not isinstance(self.causal, bool):
+            raise ProblemError(f"causal is {self.causal!r:.60}; supported: True, False")
+        if not _is_window(self.window):
+            raise ProblemError(
+                f"window {self.window!r:.60}; supported: (left, right), integers from -1 to {WIDEST}"
+            )
+        if not isinstance(self.softcap, Real) or not 0 <= self.softcap < math.inf:
+            raise ProblemError(f"softcap {self.softcap!r:.60}; supported: 0 (none) or a positive number")
         if self.scale is None:
             object.__setattr__(self, "scale", self.head_dim**-0.5)
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ProblemError(
+                f"scale {self.scale!r:.60}; supported: a finite number, None for head_dim ** -0.5"
+            )
         if self.bias is not None and not isinstance(self.layout, Dense):
             raise ProblemError(f"a bias with layout {type(self.layout).__name__}; supported: Dense")
         if self.causal:
