@@ -133,16 +133,16 @@ class Gateway:
     async def __call__(self, request: Request) -> Response:
         try:
             body = await self._body(request)
-        except ApiError as error:
-            return Json(error.body(), error.status_code)
+        except ApiError as refusal:
+            return Json(refusal.body(), refusal.status_code)
         names = ("type", "method", "path", "raw_path", "query_string", "headers", "scheme", "http_version")
         scope = {name: request.scope[name] for name in names if name in request.scope}
         messages = self.replica.remote(Call(prompt_of(body) or request.url.path, scope, body))
         try:
             start = await anext(messages)
         except Exception:
-            error = ApiError(503, "the replica went away", code="replica_lost", retry_after_s=1)
-            return Json(error.body(), error.status_code, dict(error.headers or {}))
+            lost = ApiError(503, "the replica went away", code="replica_lost", retry_after_s=1)
+            return Json(lost.body(), lost.status_code, dict(lost.headers or {}))
 
         async def chunks() -> AsyncGenerator[bytes, None]:
             try:
