@@ -13,6 +13,7 @@ _INTEGERS = {
     "max_queued_tokens": (1, 1 << 30),
     "max_body_bytes": (1 << 10, 1 << 30),
 }
+_LISTS = ("api_keys", "served_names", "allowed_origins", "allowed_hosts")
 _SECONDS = ("queue_timeout_s", "request_timeout_s", "drain_timeout_s")
 
 
@@ -57,6 +58,10 @@ class ServerConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise SettingsError(f"{name} is {value!r}; supported: a positive number of seconds")
+        for name in _LISTS:
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise SettingsError(f"{name} is no list of texts")
         if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise SettingsError("an API key is empty or holds more than printable ASCII")
         if any(not name for name in self.served_names):

@@ -83,7 +83,7 @@ class Call:
 class Replica:
     """One engine with its app."""
 
-    async def __init__(self, given: Replicas) -> None:
+    async def __init__(self, given: Replicas) -> None:  # type: ignore[misc]  # Ray awaits it
         self.config = ServerConfig(**{"host": "0.0.0.0", **given.server})  # noqa: S104 - Ray's proxy listens
         llm = LLM(given.model, device=given.device, dtype=given.dtype, config=EngineConfig(**given.engine))
         self.app = create_app(llm, self.config)
