@@ -56,6 +56,7 @@ class Stream:
         """Raises ApiError where a request timed out or the engine failed."""
         if not self._unfinished:
             raise StopAsyncIteration
+        await asyncio.sleep(0)  # a full mailbox must not keep the event loop from others
         item = await self._mail.get()
         if isinstance(item, ApiError):
             self.close()

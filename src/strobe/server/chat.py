@@ -176,6 +176,8 @@ async def chat(service: Service, body: ChatRequest, api_key: str | None) -> Even
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=grammar,
     )
+    longest = params.max_tokens or service.llm.engine.max_model_len - len(prompt)
+    service.check_logprobs(params.n * longest, params.logprobs)
     run = ChatRun(service, body, model, mode)
     streams = bool(body.stream)
     request = service.request(prompt, params, stream=streams, api_key=api_key)

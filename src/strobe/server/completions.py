@@ -166,6 +166,8 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar,
     )
+    echoed = sum(map(len, prompts)) if body.echo else 0
+    service.check_logprobs(echoed + len(prompts) * params.n * max_tokens, body.logprobs)
     run = CompletionRun(service, body, model, await _echoes(service, body, prompts))
     streams = bool(body.stream)
     requests = [service.request(prompt, params, stream=streams, api_key=api_key) for prompt in prompts]

@@ -86,7 +86,7 @@ def _told(error: Any) -> str:
         return "unknown field"
     if error["type"] == "missing":
         return "required"
-    text: str = error["msg"]
+    text: str = error["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:]
 
 

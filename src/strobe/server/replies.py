@@ -82,7 +82,9 @@ class JsonReply(_Reply):
         self.work = work
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await Json(await self.work)(scope, receive, send)
+        answer = await self.work
+        body = await anyio.to_thread.run_sync(dump, answer)
+        await Response(body, media_type="application/json")(scope, receive, send)
 
 
 class EventReply(_Reply):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from strobe.engine.sampling_params import (
     MAX_BIASES,
@@ -25,6 +25,9 @@ MAX_DEPTH = 32
 """Levels of a schema."""
 MAX_CHOICES = 512
 
+MAX_FIELDS = 100
+"""Fields of one object: more are refused before each is looked at."""
+
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Ignored = Annotated[Any, Field(description="Accepted for other servers' clients; it changes nothing.")]
@@ -43,11 +46,36 @@ def _bounded(value: Any) -> Any:
     return value
 
 
+def _few(most: int) -> BeforeValidator:
+    """Count an object's fields before they are looked at one by one."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"{len(value)} fields; supported: up to {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
+class FirstError(FailFast):
+    """One wrong item is enough: a list of a million must not make a million errors."""
+
+    __hash__ = object.__hash__  # a part of a union's type must have one
+
+
+Tokens = Annotated[list[TokenId], FirstError(), Field(min_length=1, max_length=MAX_TOKENS)]
 JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"{len(value)} fields; supported: up to {MAX_FIELDS}")
+        return value
 
 
 class StructuredOutputs(_Model):
@@ -106,6 +134,7 @@ class Sampling(_Model):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            _few(MAX_BIASES),
             Field(max_length=MAX_BIASES),
         ]
         | None
@@ -128,11 +157,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)
-        ]
+        | Tokens
+        | Annotated[list[str], FirstError(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Tokens], FirstError(), Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -215,4 +242,4 @@ class TokenizeRequest(_Model):
 
 class DetokenizeRequest(_Model):
     model: Name | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FirstError(), Field(max_length=MAX_TOKENS)]

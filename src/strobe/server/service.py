@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+MAX_LOGPROB_ENTRIES = 1 << 18
+"""Log-probabilities in one answer."""
+
 _TAKEN_AS_GIVEN = """
     temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty
     n seed stop stop_token_ids ignore_eos min_tokens
@@ -190,6 +193,15 @@ class Service:
                 f"{param}: {tokens} tokens; this model's context is {context}, output included",
                 param=param,
                 code="context_length_exceeded",
+            )
+
+    def check_logprobs(self, tokens: int, top: int | None) -> None:
+        """Raise ApiError where an answer would hold more log-probabilities than a client can want."""
+        if top is not None and tokens * (top + 1) > MAX_LOGPROB_ENTRIES:
+            raise ApiError(
+                400,
+                f"logprobs: up to {tokens} tokens with {top + 1} each; up to {MAX_LOGPROB_ENTRIES} in all",
+                param="logprobs",
             )
 
     def token_text(self, token_id: int) -> str:
