@@ -31,8 +31,12 @@ def append(
     contiguous; slots int64 `[tokens]`, `page * page_size + offset`, each within the cache. `scales` are
     (k_scale, v_scale) of a float8 cache, float32 `[kv_heads]`: what is stored is divided by them.
     """
-    if _runs(k, v, k_pages):
+    if k.is_cuda and _runs(k, v, k_pages):
         _launch_append(k, v, None, None, k_pages, v_pages, slots, scales)
+        return
+    if k.dtype == v.dtype == k_pages.dtype:
+        k_pages.flatten(0, 1).index_copy_(0, slots, k)
+        v_pages.flatten(0, 1).index_copy_(0, slots, v)
         return
     for x, pages, scale in zip((k, v), (k_pages, v_pages), scales or (None, None), strict=True):
         rows, stored = pages.flatten(0, 1), _stored(x, pages.dtype, scale)
@@ -56,7 +60,7 @@ def append_rotated(
     `append`. Returns `[tokens, q_heads, head_dim]`. On a GPU this is one launch.
     """
     q_heads = qk.shape[1] - v.shape[1]
-    if _runs(qk, v, k_pages):
+    if qk.is_cuda and _runs(qk, v, k_pages):
         q = qk.new_empty((qk.shape[0], q_heads, qk.shape[2]))
         _launch_append(qk, v, q, turn, k_pages, v_pages, slots, scales)
         return q
@@ -95,10 +99,10 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> 
 
 
 def _runs(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor) -> bool:
-    """Whether the kernel takes these: 16-byte pieces of 16-bit numbers, a cache of theirs or float8."""
+    """Whether the kernel takes these tensors of a GPU: 16-byte pieces of 16-bit numbers, a cache of theirs or float8."""
     pieces = all(x.data_ptr() % 16 == 0 and not any(s % 8 for s in x.stride()[:2]) for x in (k, v))
     kinds = k.dtype in _SCALAR and pages.dtype in (k.dtype, torch.float8_e4m3fn)
-    return k.device.type == "cuda" and kinds and pieces and k.shape[-1] % 16 == 0 and pages.is_contiguous()
+    return kinds and pieces and k.shape[-1] % 16 == 0 and pages.is_contiguous()
 
 
 def _launch_append(
