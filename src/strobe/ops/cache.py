@@ -99,7 +99,7 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> 
 
 
 def _runs(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor) -> bool:
-    """Whether the kernel takes these tensors of a GPU: 16-byte pieces of 16-bit numbers, a cache of theirs or float8."""
+    """Whether the kernel takes a GPU's tensors: 16-byte pieces of 16-bit numbers, a cache alike or float8."""
     pieces = all(x.data_ptr() % 16 == 0 and not any(s % 8 for s in x.stride()[:2]) for x in (k, v))
     kinds = k.dtype in _SCALAR and pages.dtype in (k.dtype, torch.float8_e4m3fn)
     return kinds and pieces and k.shape[-1] % 16 == 0 and pages.is_contiguous()
