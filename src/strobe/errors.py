@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 8192
+"""Characters of a message: it may quote what a hostile file holds."""
+
 
 def did_you_mean(given: str, known: Iterable[str]) -> str | None:
     """A hint with the name in `known` nearest to `given`; None where none is near."""
@@ -20,6 +23,7 @@ class StrobeError(Exception):
     """Base of all errors raised on purpose. `str(error)` is the whole story on one line."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ..."
         super().__init__(message)
         self.message = message
         self.hint = hint

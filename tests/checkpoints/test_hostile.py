@@ -6,9 +6,11 @@ import base64
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def refused(path: Path | str, *names: str, kind: type[StrobeError] = CheckpointE
         load(path, device="cpu")
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) < 10_000
     for name in names:
         assert name in message
     return message
@@ -40,10 +43,31 @@ def test_missing_folder(tmp_path):
     refused("no such model", "no such model")
     refused("x" * 5000, "no such file or folder")
     refused("a\0b", "no such file or folder")
+    refused("", "no such file or folder")
+    refused("~no such user/model", "no such file or folder")
 
 
 def test_empty_folder(tmp_path):
     refused(tmp_path, str(tmp_path), "is empty", "config.json", "params.json")
+
+
+PIPES = ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, name, "no ordinary file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["consolidated.01.pth", "tokenizer.model"])
+def test_a_pipe_in_a_meta_folder(meta_folder, name):
+    (meta_folder / name).unlink(missing_ok=True)
+    os.mkfifo(meta_folder / name)
+    refused(meta_folder, name, "no ordinary file")
 
 
 def test_folder_of_something_else(tmp_path):
@@ -92,6 +116,7 @@ def test_config_that_is_no_json(folder, text):
     ("key", "value"),
     [
         ("architectures", ["MambaForCausalLM"]),
+        ("architectures", ["M" * 1_000_000]),
         ("architectures", "Llama"),
         ("architectures", {"a": 1}),
         ("hidden_size", None),
@@ -292,7 +317,7 @@ def meta_folder(tmp_path, formats) -> Path:
 def test_pickle_that_wants_code(meta_folder, tmp_path, where):
     path, mark = meta_folder / "consolidated.00.pth", tmp_path / "ran"
     torch.save(Code(mark) if where == "instead" else {**torch.load(path), "x": Code(mark)}, path)
-    refused(meta_folder, "consolidated.00.pth", "code is not run")
+    refused(meta_folder, "consolidated.00.pth", "code is not run", "asks for")
     assert not mark.exists()
 
 
@@ -301,6 +326,14 @@ def test_raw_pickle(meta_folder, tmp_path):
     (meta_folder / "consolidated.01.pth").write_bytes(pickle.dumps({"x": Code(mark)}))
     refused(meta_folder, "consolidated.01.pth")
     assert not mark.exists()
+
+
+def test_compressed_pth(meta_folder):
+    """Nulls pack a thousandfold: a small file could fill the memory."""
+    path = meta_folder / "consolidated.00.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(1 << 20))
+    refused(meta_folder, "consolidated.00.pth", "is compressed")
 
 
 @pytest.mark.parametrize("value", [[torch.zeros(2)], {"a": 1}, {3: torch.zeros(2)}, {}])

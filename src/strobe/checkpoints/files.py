@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,23 @@ def inside(folder: Path, name: object) -> Path:
     return folder / name
 
 
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless `path` is an ordinary file: to open a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is no ordinary file")
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """A whole file of at most `limit` bytes.
 
     Raises:
-        CheckpointError: missing, unreadable or too large.
+        CheckpointError: missing, unreadable, no ordinary file, or too large.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)

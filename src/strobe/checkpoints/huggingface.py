@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from strobe.checkpoints import sentencepiece
-from strobe.checkpoints.files import inside, read_json
+from strobe.checkpoints.files import check_file, inside, read_json
 from strobe.checkpoints.huggingface_config import generation_defaults, model_config
 from strobe.checkpoints.source import Source
 from strobe.checkpoints.tokenizer import Tokenizer
@@ -105,6 +105,7 @@ class SafetensorsFile:
 
 
 def _open(path: Path) -> Any:
+    check_file(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -74,14 +74,15 @@ def load(
 def _locate(model: str | Path | None) -> Path:
     if model is None:
         return BUNDLED
-    path = Path(model).expanduser()
-    with contextlib.suppress(OSError):  # a name too long, a folder that may not be searched
-        if path.exists():
+    # no such user, a name too long, a folder that may not be searched
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        path = Path(model).expanduser()
+        if str(model) and path.exists():
             return path
     if isinstance(model, str) and hub.is_name(model):
         return hub.fetch(model)
     raise CheckpointError(
-        f"{model}: no such file or folder, and no hub name",
+        f"{str(model)!r:.200}: no such file or folder, and no hub name",
         hint="a model is a folder, a llama2.c .bin file, or a hub name such as meta-llama/Llama-3.2-1B",
     )
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from strobe.checkpoints import sentencepiece, tiktoken
-from strobe.checkpoints.files import read_json
+from strobe.checkpoints.files import check_file, read_json
 from strobe.checkpoints.source import Source
 from strobe.checkpoints.tokenizer import Tokenizer
 from strobe.checkpoints.weights import Places
@@ -42,6 +44,9 @@ _LAYER = {
     "ffn_norm.weight": ("post_attention_layernorm.weight", _WHOLE),
 }
 """Meta's name → Hugging Face's, and the dimension that is split over the files."""
+_INDEX_LIMIT = 16 << 20
+"""Bytes of the largest pickle of names and shapes read: a thousand times that of Llama 3 405B."""
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def holds(path: Path) -> bool:
@@ -74,11 +79,14 @@ class PickledShard:
     count: int
 
     def _load(self) -> dict[str, torch.Tensor]:
+        _check_archive(self.path)
         try:
             found = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
+            wanted = _GLOBAL.search(str(error))
+            what = f"it asks for {wanted[1]}" if wanted else _first_line(error)
             raise CheckpointError(
-                f"{self.path} holds more than weights, and its code is not run: {_first_line(error)}"
+                f"{self.path} holds more than weights, and its code is not run: {what}"
             ) from error
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self.path} is not a whole torch file: {_first_line(error)}") from error
@@ -133,6 +141,23 @@ class PickledShard:
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._load().items()
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError where reading the file's index would take more memory than any model needs.
+
+    torch.save compresses nothing: what is compressed here is made to unfold.
+    """
+    check_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is not a whole torch file: {_first_line(error)}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed; supported: files as torch.save writes them")
+    if any(entry.file_size > _INDEX_LIMIT for entry in entries if entry.filename.endswith(".pkl")):
+        raise CheckpointError(f"{path} has an index of over {_INDEX_LIMIT:,} bytes")
 
 
 def _config(path: Path, params: Mapping[str, Any], first: PickledShard) -> ModelConfig:
@@ -201,6 +226,7 @@ def _rope(number: Any, scaled: bool) -> Rope:
 def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
     if not path.exists():
         return None
+    check_file(path)
     with path.open("rb") as file:
         head = file.read(4096)
     if tiktoken.is_rank_file(head):

@@ -155,7 +155,9 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special).ids
         except TypeError as error:  # a str that has no UTF-8
-            raise RequestError("the text holds half a surrogate pair, which is no character") from error
+            raise RequestError(
+                "the text holds half a surrogate pair, which is no character", hint="is the input UTF-8?"
+            ) from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids: without special tokens, and with U+FFFD for what is no UTF-8.

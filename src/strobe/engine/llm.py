@@ -16,7 +16,7 @@ from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
 from strobe.engine.request import Request, RequestOutput, StreamChunk
 from strobe.engine.sampling_params import SamplingParams
-from strobe.errors import RequestError, StrobeError
+from strobe.errors import CheckpointError, RequestError, StrobeError
 
 Prompt = str | Sequence[int]
 
@@ -55,7 +55,10 @@ class LLM:
         self._tokenizer = checkpoint.tokenizer
         self._engine: Engine | None = Engine(checkpoint.model, checkpoint.tokenizer, self.config)
         given = {f.name: getattr(checkpoint.defaults, f.name) for f in fields(checkpoint.defaults)}
-        self.default_params = SamplingParams(**{name: v for name, v in given.items() if v is not None})
+        try:
+            self.default_params = SamplingParams(**{name: v for name, v in given.items() if v is not None})
+        except RequestError as error:
+            raise CheckpointError(f"{self.path}: generation_config.json: {error}") from error
         self._ids = map(str, itertools.count())
         self._mail: dict[str, deque[StreamChunk]] = {}
 
