@@ -65,6 +65,11 @@ def test_bad_value_names_variable_and_what_is_supported(variable: str, value: st
     assert supported in str(raised.value)
 
 
+def test_the_home_of_nobody_is_no_folder() -> None:
+    with pytest.raises(SettingsError, match="there is no such user"):
+        settings.load({"STROBE_CACHE_DIR": "~no such user/cache"})
+
+
 def test_bad_flag_is_named_as_a_flag() -> None:
     with pytest.raises(SettingsError, match=r"--device is 'tpu'"):
         settings.load({}, device="tpu")

@@ -32,7 +32,10 @@ def _platform_cache_dir() -> Path:
 def _path(text: str) -> Path:
     if not text.strip():
         raise ValueError("a folder")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a folder; there is no such user") from None
 
 
 def _device(text: str) -> str:

@@ -109,6 +109,22 @@ def test_empty_prompt_without_a_bos_token(cli: Cli, model_folder: Path, tmp_path
     assert "the prompt is empty" in cli("generate", "--model", str(model_folder), stdin="").error
 
 
+def test_a_prompt_ends_with_its_line_alone(generate: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("one\u2028still one\x0cand still\r\ntwo\n".encode())
+    outcome = generate("--prompts", str(file), "--json")
+    prompts = [json.loads(line)["prompt"] for line in outcome.out.split("\n") if line]
+    assert prompts == ["one\u2028still one\x0cand still", "two"]
+
+
+def test_bad_defaults_of_a_model_name_their_file(cli: Cli, model_folder: Path, tmp_path: Path) -> None:
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": NaN}')
+    told = cli("generate", "hello", "--model", str(tmp_path)).error
+    assert "generation_config.json: temperature is nan" in told
+
+
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_truncated_file_is_named(cli: Cli, model_folder: Path, tmp_path: Path, broken: str) -> None:
     for path in model_folder.iterdir():

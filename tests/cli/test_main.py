@@ -121,6 +121,19 @@ def test_a_reader_that_leaves_is_not_an_error() -> None:
     assert told == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams as a POSIX shell does")
+@pytest.mark.parametrize(
+    ("closed", "code", "told"),
+    [("<&-", 0, ""), (">&-", 2, "error: stdout is closed"), ("<&- >&- 2>&-", 2, ""), ("2>&-", 0, "")],
+)
+def test_closed_streams(closed: str, code: int, told: str) -> None:
+    command = f'"{sys.executable}" -m strobe explain --json {closed}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == bool(told)
+
+
 def test_env_as_json_and_as_text(cli: Cli) -> None:
     found = json.loads(cli("env", "--json").out)
     assert found["strobe"] == strobe.__version__

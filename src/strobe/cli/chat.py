@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,7 +96,7 @@ class Chat:
         elif name == "/help":
             console.note(HELP)
         elif name == "/save" and rest.strip():
-            self.save(Path(rest.strip()).expanduser())
+            self.save(rest.strip())
         elif name == "/save":
             console.error("/save needs a file: /save chat.json")
         else:
@@ -123,13 +124,14 @@ class Chat:
             console.note(timings(metrics))
         self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
-    def save(self, path: Path) -> None:
+    def save(self, file_name: str) -> None:
         """Write the messages; an existing file is left as it is."""
+        path = Path(os.path.expanduser(file_name))
         try:
             with path.open("x", encoding="utf-8") as file:
                 json.dump(self.messages, file, indent=2, ensure_ascii=False)
                 file.write("\n")
-        except OSError as error:
-            console.error(f"{path}: {error.strerror}")
+        except (OSError, ValueError) as error:
+            console.error(f"{path}: {getattr(error, 'strerror', None) or error}")
         else:
             console.note(f"{len(self.messages)} messages saved to {path}")

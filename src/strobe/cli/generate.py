@@ -89,7 +89,7 @@ def _read_prompt(prompt: str | None) -> str:
 def _read_prompts(path: Path) -> list[str]:
     """The file's lines that are not blank."""
     text = _read_stdin() if str(path) == "-" else _read_file(path)
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in text.split("\n") if line.strip()]  # splitlines() would cut at U+2028 too
     if not prompts:
         raise RequestError(f"{path} holds no prompt", hint="one prompt a line")
     return prompts

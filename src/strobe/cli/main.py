@@ -55,6 +55,12 @@ def run(args: Sequence[str] | None = None) -> None:
 
     130 after Ctrl-C, 1 where the reader of the output has gone (as under `| head`).
     """
+    closed = sys.stdout is None
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # None where the shell closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
+    if closed:
+        sys.exit(_fail("stdout is closed (hint: >/dev/null throws the output away)"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
