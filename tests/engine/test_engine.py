@@ -265,7 +265,7 @@ def test_duplicate_ids_are_refused(checkpoint):
         ({"max_model_len": 161}, SettingsError, "the model's context is 160"),
         ({"max_model_len": 100, "kv_cache_pages": 6}, SettingsError, "hold 96 tokens"),
         ({"kv_cache_gib": 1e6}, SettingsError, "GiB are free"),
-        ({"kv_cache_gib": 1e-9}, SettingsError, "GiB"),
+        ({"kv_cache_gib": 1e-9}, SettingsError, "kv_cache_gib is 1e-09; a page of this model takes"),
     ],
     ids=str,
 )

@@ -50,7 +50,7 @@ def plan_pages(model: Model, config: EngineConfig) -> PagePlan:
         pages = min(wanted, (int(free * GPU_CACHE_SHARE) if on_gpu else CPU_CACHE_BYTES) // page_bytes)
     if pages < 1 and config.kv_cache_gib is not None:
         raise SettingsError(
-            f"kv_cache_gib is {config.kv_cache_gib:g}; a page of this model takes {page_bytes / GIB:.2g}"
+            f"kv_cache_gib is {config.kv_cache_gib:g}; a page of this model takes {page_bytes / GIB:.2g} GiB"
         )
     if pages < 1 or pages * page_bytes > free:
         wanted_gib = max(pages, 1) * page_bytes / GIB
