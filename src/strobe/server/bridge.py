@@ -34,6 +34,7 @@ EXPIRY_S = 0.25
 """How often timeouts are looked for."""
 MAX_FAILURES = 3
 """Steps that may fail in a row."""
+TOO_COMPLEX = ApiError(400, "the output's grammar is too complex to follow", code="grammar_too_complex")
 
 
 class Stream:
@@ -225,7 +226,8 @@ class EngineBridge:
             if live is None:
                 continue
             if chunk.finish_reason == "abort":
-                self._fail(live, internal())
+                outgrown = any(s.matcher is not None and s.matcher.failed for s in live.request.sequences)
+                self._fail(live, TOO_COMPLEX if outgrown else internal())
                 continue
             if live.request.stream and live.last_chunk is not None:
                 self.metrics.inter_token.observe(now - live.last_chunk)
