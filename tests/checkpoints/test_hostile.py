@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -141,6 +142,10 @@ def test_config_that_is_no_json(folder, text):
         ("rope_parameters", {"rope_type": "linear", "factor": 0}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("rope_scaling", "linear"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": math.inf}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e-320}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10**400}),
+        ("rms_norm_eps", 10**400),
         ("eos_token_id", "</s>"),
         ("eos_token_id", [1, None]),
         ("head_dim", 7),
@@ -151,6 +156,27 @@ def test_config_keys(folder, key, value):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     refused(folder, "config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 0},
+        {"sliding_window": 1 << 60},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["full_attention"] * 100_000},
+        {"num_hidden_layers": 10**12},
+        {"max_window_layers": -(10**12)},
+    ],
+    ids=str,
+)
+def test_windows_that_cannot_be(folder, changes):
+    """Qwen2 with a window: its layers are counted before a layer is made, and in bounded memory."""
+    path = folder / "config.json"
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 5}
+    config = {**json.loads(path.read_text()), **qwen, "layer_types": None, **changes}
+    path.write_text(json.dumps(config))
+    refused(folder)
 
 
 @pytest.mark.parametrize("value", [{"do_sample": "yes"}, {"do_sample": True, "top_k": "all"}])

@@ -9,7 +9,7 @@ from typing import Any
 
 from strobe.checkpoints.checkpoint import GenerationDefaults
 from strobe.errors import CheckpointError
-from strobe.models.config import ModelConfig, Rope
+from strobe.models.config import LARGEST, ModelConfig, Rope
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ class _Keys:
         return self._one(key, (int,), "an integer", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._one(key, (int, float), "a number", default))
+        value = self._one(key, (int, float), "a number", default)
+        try:
+            return float(value)
+        except OverflowError:
+            raise CheckpointError(f"{self.path}: {key} has more digits than a number holds") from None
 
     def flag(self, key: str, default: bool) -> bool:
         return self._one(key, (bool,), "true or false", default)
@@ -196,12 +200,15 @@ def _window(keys: _Keys, family: _Family, layers: int) -> tuple[int | None, froz
     if kinds is not None:
         if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention", "sliding_attention"}:
             raise CheckpointError(
-                f"{keys.path}: layer_types is {kinds!r}; "
+                f"{keys.path}: layer_types is {kinds!r:.200}; "
                 "supported: a list of full_attention and sliding_attention"
             )
+        if len(kinds) != layers:
+            raise CheckpointError(f"{keys.path}: layer_types names {len(kinds)} layers of {layers}")
         return window, frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     if family.window == "upper":
-        return window, frozenset(range(keys.integer("max_window_layers", 28), layers))
+        first = keys.integer("max_window_layers", 28)
+        return window, frozenset(range(max(0, first), min(layers, LARGEST["layers"])))
     return window, None
 
 

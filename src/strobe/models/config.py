@@ -10,7 +10,7 @@ from strobe.errors import CheckpointError
 ARCHITECTURES = ("llama", "gpt2")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
-_LARGEST = {
+LARGEST = {
     "layers": 4096,
     "hidden": 1 << 20,
     "intermediate": 1 << 22,
@@ -44,8 +44,8 @@ class Rope:
             raise CheckpointError(f"rope scaling {self.scaling!r}; supported: {', '.join(ROPE_SCALINGS)}")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise CheckpointError(f"rope {name} is {value!r}; supported: a positive number")
+            if not _is_number(value) or not 1e-30 < value < 1e30:  # whose powers are all finite
+                raise CheckpointError(f"rope {name} is {value!r}; supported: a positive number up to 1e30")
         if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise CheckpointError(
                 f"rope low_freq_factor is {self.low_freq_factor}; "
@@ -109,7 +109,7 @@ class ModelConfig:
         if self.architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise CheckpointError(f"architecture {self.architecture!r}; supported: {known}")
-        for name, largest in _LARGEST.items():
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
                 raise CheckpointError(f"{name} is {value!r}; supported: an integer from 1 to {largest}")
@@ -121,9 +121,9 @@ class ModelConfig:
             raise CheckpointError(f"rope is {self.rope}; supported: some for llama, None for gpt2")
         if self.rope is not None and self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
-        window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise CheckpointError(f"sliding_window is {window!r}; supported: None or an integer from 1")
+        window, largest = self.sliding_window, LARGEST["max_position"]
+        if window is not None and (type(window) is not int or not 1 <= window <= largest):
+            raise CheckpointError(f"sliding_window is {window!r}; supported: None or 1 to {largest}")
         if self.bos_token_id is not None:
             _check_token("bos_token_id", self.bos_token_id)
         for token in self.eos_token_ids:
