@@ -167,3 +167,21 @@ def test_input_that_is_no_text(
         assert done.stderr.startswith(b"error: ")
         assert b"is not utf-8 text" in done.stderr
         assert done.stderr.count(b"\n") == 1
+
+
+def test_interrupt_of_the_imports_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "strobe", "env"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
