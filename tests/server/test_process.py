@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from strobe.cli.main import run
+
 LONG = {"prompt": "O", "max_tokens": 400, "ignore_eos": True, "stream": True}
 MANY = {**LONG, "max_tokens": 1000, "n": 100}
 
@@ -90,7 +92,7 @@ def test_the_drain_has_an_end(start) -> None:
     assert "Traceback" not in err
 
 
-def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -108,10 +110,11 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path) -> None:
             (("--port", "0", "--max-model-len", "5000"), "the model's context is 1024"),
             (("--prot", "0"), "did you mean"),
         ):
-            command = [sys.executable, "-m", "strobe", "serve", *args]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            (line,) = done.stderr.splitlines()
-            assert (done.returncode, done.stdout) == (2, "")
+            with pytest.raises(SystemExit) as ended:
+                run(["serve", *args])
+            captured = capsys.readouterr()
+            (line,) = captured.err.splitlines()
+            assert (ended.value.code, captured.out) == (2, "")
             assert told in line
 
 

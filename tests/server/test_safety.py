@@ -102,7 +102,7 @@ def test_request_ids(idle: LiveServer) -> None:
 
 @pytest.mark.parametrize("told", [False, True])
 def test_prompts_stay_out_of_the_log_unless_asked_for(serve, caplog, told) -> None:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="strobe.server")
     server = serve(ServerConfig(log_prompts=told))
     text = "a most private matter"
     server.post("/v1/completions", {"prompt": text, "max_tokens": 2})
