@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from strobe.engine import LLM, EngineConfig, SamplingParams
 from strobe.errors import CheckpointError, RequestError, StrobeError
@@ -143,11 +145,31 @@ def test_one_bad_prompt_runs_none(llm):
 
 @pytest.mark.parametrize(
     ("prompts", "params", "message"),
-    [([1, 2, 3], GREEDY, "list of numbers"), (["a", "b"], [GREEDY], "2 prompts and 1 sampling params")],
+    [
+        ([1, 2, 3], GREEDY, "list of numbers"),
+        (["a", "b"], [GREEDY], "2 prompts and 1 sampling params"),
+        (None, GREEDY, "prompts is a NoneType"),
+        (b"abc", GREEDY, "prompts is a bytes"),
+        ({"prompt": "a"}, GREEDY, "prompts is a dict"),
+        (["a", None], GREEDY, "a prompt is a NoneType"),
+        ([[1.5]], GREEDY, "no token id"),
+        ([["a"]], GREEDY, "no token id"),
+        ("a", {"max_tokens": 3}, "params is a dict"),
+        (["a"], ["greedy"], "params is a str"),
+    ],
 )
 def test_wrong_calls(llm, prompts, params, message):
     with pytest.raises(RequestError, match=message):
         llm.generate(prompts, params)
+
+
+def test_token_ids_may_be_an_array(llm):
+    ids = [3, 1, 4]
+    wanted = llm.generate([ids], GREEDY)[0].token_ids
+    for array in (np.array(ids), torch.tensor(ids), tuple(ids)):
+        (output,) = llm.generate([array], GREEDY)
+        assert output.prompt_token_ids == (3, 1, 4)
+        assert output.token_ids == wanted
 
 
 def test_closed(folder):

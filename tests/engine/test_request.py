@@ -45,6 +45,11 @@ BAD_PARAMS = [
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [True]),
     ("ignore_eos", 1),
+    ("logit_bias", 5),
+    ("logit_bias", [1]),
+    ("logit_bias", {"a": 1.0}),
+    ("logit_bias", {1: math.nan}),
+    ("grammar", "root ::= x"),
 ]
 
 

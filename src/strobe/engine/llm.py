@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -87,12 +88,15 @@ class LLM:
         Raises:
             RequestError, OutOfPagesError: a prompt that cannot be served; then none is run.
         """
-        each: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        each: list[Any] = [prompts] if isinstance(prompts, str) else _list("prompts", prompts)
         if each and isinstance(each[0], int):
             raise RequestError(
                 "prompts is a list of numbers", hint="put each prompt's token ids in a list: [[1, 2]]"
             )
-        wanted = [params] * len(each) if isinstance(params, SamplingParams | None) else list(params)
+        single = isinstance(params, SamplingParams | None)
+        wanted = (
+            [params] * len(each) if single else _list("params", params, "SamplingParams, or a list of them")
+        )
         if len(wanted) != len(each):
             raise RequestError(
                 f"{len(each)} prompts and {len(wanted)} sampling params; supported: one for all, or one each"
@@ -158,8 +162,16 @@ class LLM:
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special=False)
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, *, stream: bool = False) -> Request:
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Request(next(self._ids), tuple(tokens), params or self.default_params, stream=stream)
+        if not isinstance(params, SamplingParams | None):
+            raise RequestError(f"params is a {type(params).__name__}; supported: SamplingParams")
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _list("a prompt", prompt)
+        try:
+            ids = tuple(map(operator.index, tokens))
+        except TypeError:
+            raise RequestError(
+                "a prompt holds what is no token id; supported: str, or a list of int"
+            ) from None
+        return Request(next(self._ids), ids, params or self.default_params, stream=stream)
 
     def _step(self) -> list[StreamChunk]:
         """One step for all requests; chunks of those that stream are kept for their own iterators."""
@@ -189,3 +201,9 @@ class LLM:
         for request_id in request_ids:
             self._engine.abort(request_id)
         self._step()
+
+
+def _list(name: str, values: Any, supported: str = "str, or a list") -> list[Any]:
+    if not isinstance(values, Iterable) or isinstance(values, (bytes, Mapping)):
+        raise RequestError(f"{name} is a {type(values).__name__}; supported: {supported}")
+    return list(values)

@@ -106,6 +106,8 @@ class SamplingParams:
                 _check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        if not isinstance(self.logit_bias, (list, tuple)) or not all(map(_is_pair, self.logit_bias)):
+            raise RequestError(f"logit_bias is {self.logit_bias!r:.60}; supported: token ids to numbers")
         if len(self.logit_bias) > MAX_BIASES:
             raise RequestError(
                 f"logit_bias holds {len(self.logit_bias)} tokens; supported: up to {MAX_BIASES}"
@@ -113,6 +115,8 @@ class SamplingParams:
         for token, bias in self.biases:
             _check_integer("a token of logit_bias", token, 0, (1 << 31) - 1)
             _check_number(f"logit_bias of token {token}", bias, -100.0, 100.0)
+        if self.grammar is not None and not callable(getattr(self.grammar, "matcher", None)):
+            raise RequestError(f"grammar is a {type(self.grammar).__name__}; supported: a compiled grammar")
         if self.grammar is not None and self.min_tokens:
             raise RequestError(
                 "min_tokens and a grammar are both given", hint="the grammar says where it ends"
@@ -138,6 +142,10 @@ class SamplingParams:
         """True where the likeliest token is all that is wanted of the logits."""
         draws = not self.greedy or self.penalised or self.logit_bias or self.grammar is not None
         return not draws and self.logprobs is None and self.min_tokens == 0
+
+
+def _is_pair(item: object) -> bool:
+    return isinstance(item, (list, tuple)) and len(item) == 2
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
