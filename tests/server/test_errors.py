@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import openai
 import pytest
@@ -130,6 +131,17 @@ def test_a_large_body_with_many_mistakes_is_refused_at_the_first(idle: LiveServe
         response = idle.post("/v1/completions", {"prompt": prompt})
         assert check(response, 400, response.json()["error"]["param"])
         assert len(response.content) < 2000
+
+
+def test_a_body_that_does_not_come_is_given_up(serve, monkeypatch) -> None:
+    monkeypatch.setattr("strobe.server.gate.BODY_S", 0.3)
+    server = serve()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        head = f"POST /tokenize HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 408")
+    server.settle()
 
 
 def test_an_empty_prompt_is_bos_alone(idle: LiveServer) -> None:

@@ -107,6 +107,33 @@ def test_a_client_that_leaves_frees_its_pages(serve, stream, where) -> None:
     server.settle()
 
 
+def test_pages_are_free_within_a_step_of_leaving(serve) -> None:
+    server = serve()
+    engine, seen, steps = server.engine, {}, 0
+    step, abort = engine.step, engine.abort
+
+    def counted():
+        nonlocal steps
+        chunks = step()
+        steps += 1
+        if "left" in seen and engine.stats().used_pages == 0:
+            seen.setdefault("free", steps)
+        return chunks
+
+    def left(request_id):
+        seen.setdefault("left", steps)
+        abort(request_id)
+
+    engine.step, engine.abort = counted, left
+    with (
+        server.http() as client,
+        client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as r,
+    ):
+        next(r.iter_lines())
+    until(lambda: "free" in seen)
+    assert seen["free"] - seen["left"] <= 2  # the step that was under way, and the next
+
+
 def test_many_leave_at_random_points(idle: LiveServer) -> None:
     """Some before they are read, some while they stream, some in the middle of their own body."""
     chance = random.Random(8)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from strobe.engine.request import Request, StreamChunk
 from strobe.errors import StrobeError
 from strobe.server.config import ServerConfig
-from strobe.server.errors import ApiError, from_strobe, internal
+from strobe.server.errors import ApiError, from_strobe, internal, too_complex
 from strobe.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ EXPIRY_S = 0.25
 """How often timeouts are looked for."""
 MAX_FAILURES = 3
 """Steps that may fail in a row."""
-TOO_COMPLEX = ApiError(400, "the output's grammar is too complex to follow", code="grammar_too_complex")
 
 
 class Stream:
@@ -227,7 +226,7 @@ class EngineBridge:
                 continue
             if chunk.finish_reason == "abort":
                 outgrown = any(s.matcher is not None and s.matcher.failed for s in live.request.sequences)
-                self._fail(live, TOO_COMPLEX if outgrown else internal())
+                self._fail(live, too_complex() if outgrown else internal())
                 continue
             if live.request.stream and live.last_chunk is not None:
                 self.metrics.inter_token.observe(now - live.last_chunk)

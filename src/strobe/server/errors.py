@@ -58,6 +58,10 @@ def internal() -> ApiError:
     )
 
 
+def too_complex() -> ApiError:
+    return ApiError(400, "the output's grammar is too complex to follow", code="grammar_too_complex")
+
+
 def from_strobe(error: StrobeError, param: str | None = None) -> ApiError:
     """A refusal by the engine, whose messages are written for the person who asks."""
     if not isinstance(error, (RequestError, OutOfPagesError)):

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from strobe.engine.llm import LLM
+from strobe.engine.sampling_params import SamplingParams
 from strobe.server.app import create_app
 from strobe.server.config import ServerConfig
 
@@ -37,8 +38,12 @@ class _Server(uvicorn.Server):
 
 
 def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]) -> None:
-    """Serve until a signal says stop; `ready` is called once requests are answered."""
+    """Serve until a signal says stop; `ready` is called once requests are answered.
+
+    A first token is drawn before, so that no client waits for kernels to be compiled.
+    """
     sys.setswitchinterval(SWITCH_S)
+    llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
     options = uvicorn.Config(
         create_app(llm, config),
         log_config=None,
