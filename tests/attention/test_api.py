@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from strobe.attention import AttentionProblem, Packed, Paged, ladder
 from strobe.attention.api import attention
@@ -161,6 +163,28 @@ def test_costs_count_the_visible_part() -> None:
     assert full.flops() == 4 * 2 * 16 * 16 * 4 * 64
     assert causal.flops() == 4 * 2 * (16 * 17 // 2) * 4 * 64
     assert full.bytes() == 2 * (2 * 2 * 16 * 4 * 64) + 2 * (2 * 2 * 16 * 2 * 64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    q_len=st.integers(0, 40),
+    kv_len=st.integers(0, 40),
+    window=st.tuples(st.integers(-1, 45), st.integers(-1, 45)),
+    causal=st.booleans(),
+)
+def test_visible_pairs_are_counted(q_len: int, kv_len: int, window: tuple[int, int], causal: bool) -> None:
+    problem = AttentionProblem(3, q_len, kv_len, 4, 2, 8, window=window, causal=causal)
+    first, end = problem.key_range(q_len, kv_len)
+    assert problem.visible_pairs() == 3 * sum(max(0, e - f) for f, e in zip(first, end, strict=True))
+
+
+def test_huge_problems_are_described_or_refused() -> None:
+    largest = 2**31 - 1
+    assert AttentionProblem(1, largest, largest, 1, 1, 64, causal=True).visible_pairs() == largest << 30
+    for name in ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim"):
+        sizes = {"batch": 1, "q_len": 1, "kv_len": 1, "q_heads": 1, "kv_heads": 1, "head_dim": 1}
+        with pytest.raises(ProblemError, match=f"{name} is 2147483648"):
+            AttentionProblem(**{**sizes, name: largest + 1})
 
 
 def test_empty_calls_give_empty_results() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from strobe.attention.api import describe
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
+from strobe.errors import ProblemError
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     values: str = "normal"
+
+    def __post_init__(self) -> None:
+        sizes = [size for row in self.rows for size in row]
+        if min(sizes, default=0) < 0 or min(self.q_heads, self.kv_heads, self.head_dim, self.page_size) < 1:
+            raise ProblemError(
+                f"{self.name}: supported: lengths from 0, heads, head_dim and page_size from 1"
+            )
 
     def __str__(self) -> str:
         return self.name

@@ -20,6 +20,9 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_
 UNLIMITED = -1
 WIDEST = 1 << 30
 """The widest window: kernels add it to a position in 32 bits."""
+LARGEST = (1 << 31) - 1
+"""The largest size: kernels count in 32 bits."""
+_LEAST = {"batch": 0, "q_len": 0, "kv_len": 0, "q_heads": 1, "kv_heads": 1, "head_dim": 1}
 DECODE_MAX_Q_LEN = 16
 """Up to this many queries a row, a problem over a paged cache belongs to the decode ladder."""
 
@@ -93,6 +96,13 @@ class Paged:
 Layout = Dense | Packed | Paged
 
 
+def _sum(start: int, count: int, top: int) -> int:
+    """`start + (start + 1) + ...`, `count` terms, each taken to the nearest of 0 to `top`."""
+    first, end = max(start, 0), min(start + count, top)
+    ramp = (first + end - 1) * (end - first) // 2 if end > first else 0
+    return ramp + top * min(count, max(0, start + count - top))
+
+
 def _is_window(window: object) -> bool:
     return (
         isinstance(window, tuple)
@@ -136,12 +146,9 @@ class AttentionProblem:
     return_lse: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "q_len", "kv_len"):
-            if getattr(self, name) < 0:
-                raise ProblemError(f"{name} is {getattr(self, name)}; supported: 0 and up")
-        for name in ("q_heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ProblemError(f"{name} is {getattr(self, name)}; supported: 1 and up")
+        for name, least in _LEAST.items():
+            if not least <= getattr(self, name) <= LARGEST:
+                raise ProblemError(f"{name} is {getattr(self, name)}; supported: {least} to {LARGEST}")
         if self.q_heads % self.kv_heads:
             raise ProblemError(
                 f"q_heads {self.q_heads} is not a multiple of kv_heads {self.kv_heads}",
@@ -221,10 +228,13 @@ class AttentionProblem:
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask lets through, over all rows, for one head."""
+        left, right = self.window
         total = 0
         for (q_len, kv_len), count in Counter(self.row_lengths()).items():
-            first, end = self.key_range(q_len, kv_len)
-            total += count * int(np.maximum(0, end - first).sum())
+            position = kv_len - q_len
+            ends = q_len * kv_len if right == UNLIMITED else _sum(position + right + 1, q_len, kv_len)
+            hidden = 0 if left == UNLIMITED else _sum(position - left, q_len, kv_len)
+            total += count * (ends - hidden)
         return total
 
     def flops(self) -> int:
