@@ -36,6 +36,14 @@ def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
     assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
 
 
+def test_warm_says_at_once_that_nothing_can_be_kept(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert str(tmp_path / "file") in cli("cache", "warm", "--arch", "sm_90a").error
+
+
 def test_compilation_is_logged_when_asked(source: jit.Source, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "strobe")
     for _ in range(2):

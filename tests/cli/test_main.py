@@ -82,12 +82,26 @@ def test_bad_setting_stops_every_verb(
     assert variable in cli("cache", "list").error
 
 
-def test_device_out_of_memory_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_device_out_of_memory_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     def exhaust() -> None:
+        if device == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
 
     monkeypatch.setattr("strobe.device.machine", exhaust)
     assert "out of device memory" in cli("env").error
+
+
+def test_a_warning_is_one_line(
+    process: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import strobe.device, warnings\n"
+        "strobe.device.machine = lambda: warnings.warn('old\\nthing') or exit(0)\n"
+    )
+    done = process("env", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.stderr == "warning: old thing\n"
 
 
 def test_a_bug_keeps_its_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 import strobe
 from strobe.cli import console
 from strobe.cli.options import Json
-from strobe.errors import UnknownNameError
+from strobe.errors import SettingsError, UnknownNameError
 
 PACKAGE = Path(strobe.__file__).parent
 
@@ -57,8 +58,12 @@ def warm(
     ] = None,
 ) -> None:
     """Compile every kernel now, so that no first call waits."""
-    from strobe.cuda import jit
+    from strobe.cuda import cache, jit
 
+    folder = cache.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise SettingsError(f"{folder} cannot be written", hint="set STROBE_CACHE_DIR")
     target = arch or jit.arch_of()
     if target.rstrip("af") not in (known := jit.supported_archs()):
         raise UnknownNameError.among("arch", target, known)

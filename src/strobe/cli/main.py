@@ -6,8 +6,9 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,6 +65,7 @@ def run(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    warnings.showwarning = _warn
     try:
         code = app(args, prog_name="strobe", standalone_mode=False)
         sys.stdout.flush()
@@ -82,7 +84,7 @@ def run(args: Sequence[str] | None = None) -> None:
     except MemoryError:
         code = _fail("out of memory")
     except RuntimeError as error:
-        if not _is_device_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         code = _fail(
             "out of device memory (hint: --kv-cache-gib N bounds the cache, --dtype bfloat16 the weights)"
@@ -111,6 +113,12 @@ def _usage(error: typer.TyperException) -> str:
     return f"{message[:1].lower()}{message[1:].rstrip('.')}" + (f" (hint: {hint})" if hint else "")
 
 
-def _is_device_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class of its own for a GPU's memory, none for a CPU's."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or "DefaultCPUAllocator" in str(error)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    console.note(f"warning: {' '.join(str(message).split())}")
