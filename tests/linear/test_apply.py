@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strobe import linear
 from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
-from strobe.linear import ladder
+from strobe.linear import ladder, torch_onednn
 from strobe.linear.problem import LinearProblem
 
 SIZES = st.integers(1, 70)
@@ -78,3 +78,10 @@ def test_several_kernels_never_fall_back_on_another():
 def test_unknown_kernel_names_the_nearest():
     with pytest.raises(UnknownNameError, match="did you mean 'torch_linear'"):
         linear.apply(torch.zeros(1, 2), torch.zeros(3, 2), kernel="torch_liner")
+
+
+def test_onednn_meets_few_sizes_and_pads_little() -> None:
+    sizes = [torch_onednn.rounded(tokens) for tokens in range(1, 4097)]
+    assert all(tokens <= size <= max(tokens + 1, tokens * 9 / 8) for tokens, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 16 + 8 * 8
