@@ -111,7 +111,9 @@ def test_percentiles_are_nearest_rank():
     assert engine._percentile([5.0], 99) == 5
 
 
-@pytest.mark.parametrize("load", [{"requests": 0}, {"prompt": (0, 5)}, {"output": (9, 5)}], ids=str)
+@pytest.mark.parametrize(
+    "load", [{"requests": 0}, {"requests": 10**9}, {"prompt": (0, 5)}, {"output": (9, 5)}], ids=str
+)
 def test_a_load_that_cannot_be_is_refused(load):
     with pytest.raises(StrobeError, match=next(iter(load))):
         Load(**load)

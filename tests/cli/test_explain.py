@@ -48,10 +48,14 @@ def test_text_names_reasons_and_ideas(cli: Cli) -> None:
         (["--kv-heads", "5"], "not a multiple of kv_heads 5"),
         (["--dtype", "int8"], "dtype int8"),
         (["--batch", "-1"], "batch is -1"),
+        (["--batch", "-1", "--page-size", "16"], "batch -1"),
         (["--q-len", "-1"], "q_len is -1"),
         (["--page-size", "-2"], "page_size is -2"),
         (["--arch", "-90"], "arch is -90"),
         (["--window", "-2", "0"], "window"),
+        (["--q-len", "1" + "0" * 30], "q_len is 1000"),
+        (["--page-size", "16", "--batch", "2147483647"], "batch 2147483647"),
+        (["--page-size", "16", "--kv-len", "1" + "0" * 30], "kv_len 1000"),
         (["--softcap", "nan"], "softcap nan"),
         (["--device", "cuda:99"], "cuda:99"),
     ],
@@ -59,6 +63,13 @@ def test_text_names_reasons_and_ideas(cli: Cli) -> None:
 )
 def test_shape_that_is_none(cli: Cli, args: list[str], told: str) -> None:
     assert told in cli("explain", *args).error
+
+
+def test_largest_shape(cli: Cli) -> None:
+    """Costs are formulas: no list of two thousand million rows is made."""
+    largest = str(2**31 - 1)
+    told = json.loads(cli("explain", "--batch", largest, "--q-len", largest, "--json").out)
+    assert told["flops"] == 4 * (2**31 - 1) ** 3 * 32 * 128
 
 
 @pytest.mark.parametrize("kv_len", ["0", "1"])

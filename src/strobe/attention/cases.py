@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from strobe.attention.api import describe
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
+from strobe.attention.problem import LARGEST, UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
 from strobe.errors import ProblemError
 
 
@@ -38,6 +38,8 @@ class Case:
 
     def __post_init__(self) -> None:
         sizes = [size for row in self.rows for size in row]
+        if max(sizes, default=0) > LARGEST or max(self.q_heads, self.head_dim, self.page_size) > LARGEST:
+            raise ProblemError(f"{self.name}: supported: sizes up to {LARGEST}")
         if min(sizes, default=0) < 0 or min(self.q_heads, self.kv_heads, self.head_dim, self.page_size) < 1:
             raise ProblemError(
                 f"{self.name}: supported: lengths from 0, heads, head_dim and page_size from 1"

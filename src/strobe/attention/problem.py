@@ -218,6 +218,12 @@ class AttentionProblem:
             ]
         return [(self.q_len, self.kv_len)] * self.batch
 
+    def _row_counts(self) -> Counter[tuple[int, int]]:
+        """How many rows have each `(q_len, kv_len)`."""
+        if isinstance(self.layout, Dense):
+            return Counter({(self.q_len, self.kv_len): self.batch})
+        return Counter(self.row_lengths())
+
     def key_range(self, q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys `[first, end)` that each query of such a row sees, int64 `[q_len]` both; end may be below."""
         left, right = self.window
@@ -230,7 +236,7 @@ class AttentionProblem:
         """(query, key) pairs that the mask lets through, over all rows, for one head."""
         left, right = self.window
         total = 0
-        for (q_len, kv_len), count in Counter(self.row_lengths()).items():
+        for (q_len, kv_len), count in self._row_counts().items():
             position = kv_len - q_len
             ends = q_len * kv_len if right == UNLIMITED else _sum(position + right + 1, q_len, kv_len)
             hidden = 0 if left == UNLIMITED else _sum(position - left, q_len, kv_len)
@@ -243,8 +249,8 @@ class AttentionProblem:
 
     def bytes(self) -> int:
         """Fewest bytes through device memory: q, k, v read once and out written once."""
-        rows = self.row_lengths()
-        q_tokens, kv_tokens = sum(q for q, _ in rows), sum(kv for _, kv in rows)
+        rows = self._row_counts().items()
+        q_tokens, kv_tokens = sum(q * n for (q, _), n in rows), sum(kv * n for (_, kv), n in rows)
         q_bytes = 2 * q_tokens * self.q_heads * self.head_dim * DTYPE_BYTES[self.dtype]
         kv_bytes = 2 * kv_tokens * self.kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype or self.dtype]
         return q_bytes + kv_bytes

@@ -18,14 +18,6 @@ class Ceilings:
     matmul_tflops: float
     read_gbps: float
 
-    def attainable_tflops(self, flops: float, bytes_moved: float) -> float:
-        """docs/math.md, equation 8."""
-        return min(self.matmul_tflops, self.read_gbps * 1e-3 * flops / max(bytes_moved, 1))
-
-    def floor_ms(self, flops: float, bytes_moved: float) -> float:
-        """No version of this work runs much faster."""
-        return max(flops / self.matmul_tflops * 1e-9, bytes_moved / self.read_gbps * 1e-6)
-
     def as_dict(self) -> dict[str, float | str]:
         return asdict(self)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TIE = 1e-3
 """Logits closer than this, relative to the largest, may come out in either order."""
+MOST_REQUESTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Load:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise StrobeError(f"{name} lengths {low} to {high}; supported: 1 and up, the shortest first")
-        if self.requests < 1:
-            raise StrobeError(f"requests is {self.requests}; supported: 1 and up")
+        if not 1 <= self.requests <= MOST_REQUESTS:
+            raise StrobeError(f"requests is {self.requests}; supported: 1 to {MOST_REQUESTS}")
 
     def draw(self, vocab_size: int) -> tuple[list[list[int]], list[int]]:
         """Random token ids for every prompt, and every output's length."""

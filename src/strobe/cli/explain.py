@@ -10,9 +10,13 @@ import typer
 from strobe import device as devices
 from strobe import settings
 from strobe.attention import AttentionProblem, Dense, Paged, ladder
+from strobe.attention.problem import LARGEST
 from strobe.cli import console
 from strobe.cli.options import Device, Json
 from strobe.errors import KernelRefusedError, ProblemError
+
+_MOST_PAGED_ROWS = 1 << 20
+"""Each has a length of its own in the layout, which is kept in memory."""
 
 
 def explain(
@@ -103,5 +107,9 @@ def _target(device: str | None, arch: int | None) -> tuple[str, int]:
 def _paged(batch: int, kv_len: int, page_size: int) -> Paged:
     if page_size < 0:
         raise ProblemError(f"page_size is {page_size}; supported: 1 and up, 0 for a dense cache")
-    pages = -(-max(kv_len, 0) // page_size)
-    return Paged(np.zeros((max(batch, 0), pages), np.int32), np.full(max(batch, 0), kv_len, np.int32))
+    if not 0 <= batch <= _MOST_PAGED_ROWS or not 0 <= kv_len <= LARGEST:
+        given, supported = f"batch {batch}, kv_len {kv_len}", f"up to {_MOST_PAGED_ROWS} and {LARGEST}"
+        raise ProblemError(f"{given} with pages; supported: {supported}")
+    # one page number stands for all: nothing reads them
+    table = np.broadcast_to(np.int32(0), (batch, -(-kv_len // page_size)))
+    return Paged(table, np.full(batch, kv_len, np.int32))
