@@ -136,7 +136,7 @@ def test_an_interrupt_leaves_nothing_running(llm):
 
 def test_one_bad_prompt_runs_none(llm):
     steps = llm.engine.stats().steps
-    with pytest.raises(RequestError, match="context is 160"):
+    with pytest.raises(RequestError, match=r"prompt 2 of 2: the prompt has .* context is 160"):
         llm.generate(["fine", "x" * 400], GREEDY)
     with pytest.raises(RequestError, match="context is 160"):
         llm.stream("x" * 400, GREEDY)

@@ -17,7 +17,7 @@ from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
 from strobe.engine.request import Request, RequestOutput, StreamChunk
 from strobe.engine.sampling_params import SamplingParams
-from strobe.errors import CheckpointError, RequestError, StrobeError
+from strobe.errors import CheckpointError, OutOfPagesError, RequestError, StrobeError
 
 Prompt = str | Sequence[int]
 
@@ -102,8 +102,7 @@ class LLM:
                 f"{len(each)} prompts and {len(wanted)} sampling params; supported: one for all, or one each"
             )
         requests = [self._request(prompt, p) for prompt, p in zip(each, wanted, strict=True)]
-        for request in requests:
-            self.engine.check(request)
+        self._check_all(requests)
         live = {request.request_id: request for request in requests}
         try:
             for request in requests:
@@ -172,6 +171,18 @@ class LLM:
                 "a prompt holds what is no token id; supported: str, or a list of int"
             ) from None
         return Request(next(self._ids), ids, params or self.default_params, stream=stream)
+
+    def _check_all(self, requests: Sequence[Request]) -> None:
+        """Raise what `engine.check` does, with the number of the prompt where there are several."""
+        number = 0
+        try:
+            for number, request in enumerate(requests, start=1):
+                self.engine.check(request)
+        except (RequestError, OutOfPagesError) as error:
+            if len(requests) == 1:
+                raise
+            which = f"prompt {number} of {len(requests)}"
+            raise type(error)(f"{which}: {error.message}", hint=error.hint) from None
 
     def _step(self) -> list[StreamChunk]:
         """One step for all requests; chunks of those that stream are kept for their own iterators."""
