@@ -34,6 +34,11 @@ def test_rms_norm(shape, seed, dtype):
     assert_rounds_to(norm.rms_norm(x, weight, 1e-5), norm.rms_norm_reference(x, weight, 1e-5))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rms_norm_of_nothing_is_as_undefined_for_one_row_as_for_more(rows):
+    assert norm.rms_norm(torch.zeros(rows, 8), torch.ones(8), 0.0).isnan().all()
+
+
 @given(SHAPES, SEEDS)
 def test_rms_norm_ignores_scale(shape, seed):
     x, weight = randn(seed, *shape).double(), randn(seed + 1, shape[1]).double()

@@ -5,6 +5,8 @@ LayerNorm: Ba, Kiros and Hinton 2016, arXiv 1607.06450, equation 4.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -32,8 +34,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     if x.shape[0] == 1 and x.dim() == 2 and x.dtype is torch.float32 and x.device.type == "cpu":
         row = x[0]
-        scale = (torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5
-        return (x * scale).mul_(weight)
+        mean = torch.dot(row, row).item() / row.shape[0] + eps
+        return (x * (mean**-0.5 if mean else math.inf)).mul_(weight)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
