@@ -174,14 +174,15 @@ class LLM:
 
     def _check_all(self, requests: Sequence[Request]) -> None:
         """Raise what `engine.check` does, with the number of the prompt where there are several."""
-        number = 0
+        fine = 0
         try:
-            for number, request in enumerate(requests, start=1):
+            for request in requests:
                 self.engine.check(request)
+                fine += 1
         except (RequestError, OutOfPagesError) as error:
             if len(requests) == 1:
                 raise
-            which = f"prompt {number} of {len(requests)}"
+            which = f"prompt {fine + 1} of {len(requests)}"
             raise type(error)(f"{which}: {error.message}", hint=error.hint) from None
 
     def _step(self) -> list[StreamChunk]:
