@@ -83,6 +83,7 @@ class Engine:
             OutOfPagesError: it would never fit the KV cache.
         """
         self.check(request)
+        request.max_output = self._max_output(request)
         with self._live_lock:
             if request.request_id in self._live:
                 raise RequestError(f"request id {request.request_id!r} is in use")
@@ -107,14 +108,18 @@ class Engine:
             raise RequestError(f"logit_bias holds a token outside 0 to {vocab - 1}")
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
-        request.max_output = min(params.max_tokens or context, context - len(prompt))
         cache = self.scheduler.cache
-        needed = cache.pages_for(len(prompt) + request.max_output - 1)
+        needed = cache.pages_for(len(prompt) + self._max_output(request) - 1)
         if needed > cache.num_pages:
             raise OutOfPagesError(
                 f"the request may need {needed} KV-cache pages; there are {cache.num_pages}",
                 hint="lower max_tokens or give the cache more memory",
             )
+
+    def _max_output(self, request: Request) -> int:
+        """Most tokens that the request and the context allow."""
+        context = self.max_model_len
+        return min(request.params.max_tokens or context, context - len(request.prompt_token_ids))
 
     def abort(self, request_id: str) -> None:
         """Drop a request in the next step, which frees its pages; unknown ids are ignored."""

@@ -10,7 +10,7 @@ This module imports no torch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -172,9 +172,3 @@ class Scheduler:
             sibling.cached_tokens = sequence.cached_tokens
             self.running.append(sibling)
         sequence.siblings = []
-
-    def sequences(self) -> Iterator[Sequence]:
-        """Every sequence that is not finished, siblings that wait for their prompt included."""
-        for sequence in (*self.running, *self.waiting):
-            yield sequence
-            yield from sequence.siblings
