@@ -104,6 +104,17 @@ def test_prompts_that_are_no_text(cli: Cli, model_folder: Path, tmp_path: Path) 
     assert "prompts.txt is not UTF-8 text: byte 5" in told
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no /dev/zero")
+def test_input_without_an_end_is_refused(
+    cli: Cli, process: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    assert "/dev/zero holds more than" in cli("generate", "--prompts", "/dev/zero").error
+    with Path("/dev/zero").open() as endless:
+        done = process("generate", stdin=endless)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: stdin holds more than")
+
+
 def test_empty_prompt_without_a_bos_token(cli: Cli, model_folder: Path, tmp_path: Path) -> None:
     assert "the prompt is empty" in cli("generate", "", "--model", str(model_folder)).error
     assert "the prompt is empty" in cli("generate", "--model", str(model_folder), stdin="").error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -16,6 +16,10 @@ from strobe.errors import RequestError
 if TYPE_CHECKING:
     from strobe.engine import LLM, RequestOutput, SamplingParams
     from strobe.engine.request import Metrics
+
+
+_MOST_CHARACTERS = 64 << 20
+"""Read of a file of prompts, or of stdin, which may have no end."""
 
 
 def generate(
@@ -97,16 +101,24 @@ def _read_prompts(path: Path) -> list[str]:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read()
+        return _bounded("stdin", sys.stdin)
     except UnicodeDecodeError as error:
         raise RequestError(f"stdin is not {error.encoding} text: byte {error.start}") from None
 
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return _bounded(str(path), file)
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text: byte {error.start}") from None
+
+
+def _bounded(name: str, file: TextIO) -> str:
+    text = file.read(_MOST_CHARACTERS + 1)
+    if len(text) > _MOST_CHARACTERS:
+        raise RequestError(f"{name} holds more than {_MOST_CHARACTERS:,} characters")
+    return text
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> None:
