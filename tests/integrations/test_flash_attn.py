@@ -127,3 +127,23 @@ def test_signatures_begin_like_flash_attns() -> None:
     assert names[3:7] == ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     names = list(inspect.signature(fa.flash_attn_with_kvcache).parameters)
     assert names[3:8] == ["k", "v", "rotary_cos", "rotary_sin", "cache_seqlens"]
+
+
+@pytest.mark.parametrize(
+    ("lens", "pages"), [([16, 3], [0, 1]), ([-1, 3], [0, 1]), ([5, 3], [2, 1]), ([5, 3], [0, -1])]
+)
+def test_new_keys_stay_in_their_pages(lens: list[int], pages: list[int]) -> None:
+    cache = torch.zeros(2, 2, 16, 2, 8)
+    q, k, v = torch.randn(3, 2, 1, 2, 8)
+    table, seq_lens = (torch.tensor(values, dtype=torch.int32) for values in (pages, lens))
+    with pytest.raises(ProblemError, match=r"cache_seqlens|block_table"):
+        fa.flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=seq_lens, block_table=table[:, None])
+    assert not cache.any()
+
+
+def test_loose_types_are_taken_as_flash_attn_takes_them() -> None:
+    q, sums = torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+    strict = fa.flash_attn_varlen_func(q, q, q, sums, sums, 6, 6, causal=True, window_size=(2, 0))
+    longest = torch.tensor(6)
+    loose = fa.flash_attn_varlen_func(q, q, q, sums, sums, longest, longest, causal=1, window_size=[2, 0])
+    assert torch.equal(strict, loose)

@@ -172,7 +172,7 @@ def _longest(name: str, given: int | None, q: torch.Tensor, lengths: Callable[[]
     """The longest row: as `given`, or read off the device."""
     if given is None:
         return max(lengths(), default=0)
-    if not isinstance(given, int) or given < 0:
+    if not isinstance(given, (int, np.integer)) or given < 0:
         raise ProblemError(f"{name} is {given!r:.60}; supported: an integer, 0 and up")
     if q.device.type == "cpu" and given < (longest := max(lengths(), default=0)):
         raise ProblemError(

@@ -42,8 +42,8 @@ def flash_attn_func(
         q,
         k,
         v,
-        causal=causal,
-        window=window_size,
+        causal=bool(causal),
+        window=tuple(window_size),
         scale=softmax_scale,
         softcap=softcap,
         return_lse=return_attn_probs,
@@ -78,15 +78,15 @@ def flash_attn_varlen_func(
     layout: Packed | Paged
     if block_table is not None:
         seq_lens = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).to(torch.int32)
-        layout = Paged(block_table, seq_lens, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+        layout = Paged(block_table, seq_lens, cu_seqlens_q, int(max_seqlen_q), int(max_seqlen_k))
     else:
-        layout = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        layout = Packed(cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
     out = attention(
         q,
         k,
         v,
-        causal=causal,
-        window=window_size,
+        causal=bool(causal),
+        window=tuple(window_size),
         scale=softmax_scale,
         softcap=softcap,
         layout=layout,
@@ -147,8 +147,10 @@ def flash_attn_with_kvcache(
         new_len = k.shape[1]
         if rotary_cos is not None and rotary_sin is not None:
             k = _rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved, step=1)
-            moves = causal or window_size != NO_WINDOW
+            moves = causal or tuple(window_size) != NO_WINDOW
             q = _rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, step=1 if moves else 0)
+        if q.device.type == "cpu":
+            _check_room(before, new_len, table, k_cache)
         at = before[:, None].long() + torch.arange(new_len, device=q.device)
         pages = table.long().gather(1, at // page_size)
         k_cache[pages, at % page_size] = k.to(k_cache.dtype)
@@ -158,8 +160,8 @@ def flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
-        causal=causal,
-        window=window_size,
+        causal=bool(causal),
+        window=tuple(window_size),
         scale=softmax_scale,
         softcap=softcap,
         layout=layout,
@@ -181,6 +183,20 @@ def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: 
         return cache_seqlens.to(torch.int32)
     length = room if cache_seqlens is None else cache_seqlens
     return torch.full((batch,), length, dtype=torch.int32, device=device)
+
+
+def _check_room(before: Tensor, new_len: int, table: Tensor, k_cache: Tensor) -> None:
+    """Raise ProblemError where new keys would be written outside of their rows' pages."""
+    pages, page_size = k_cache.shape[:2]
+    room = table.shape[1] * page_size
+    if before.numel() and (int(before.min()) < 0 or int(before.max()) + new_len > room):
+        raise ProblemError(
+            f"cache_seqlens is {before.tolist()!r:.80} and {new_len} keys are new; a row has room for {room}"
+        )
+    ends = (before + new_len)[:, None]
+    wrong = table[(torch.arange(table.shape[1]) * page_size < ends) & ((table < 0) | (table >= pages))]
+    if wrong.numel():
+        raise ProblemError(f"block_table holds page {int(wrong[0])}; the cache has {pages} pages, from 0")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, interleaved: bool, step: int) -> Tensor:
