@@ -34,6 +34,14 @@ def test_echo_writes_the_prompt_first(generate: Cli) -> None:
     assert generate("hello", "--echo").out == "hello" + generate("hello").out
 
 
+def test_echo_is_refused_where_it_would_say_nothing(generate: Cli) -> None:
+    assert "--echo with --json" in generate("hello", "--echo", "--json").error
+
+
+def test_a_kernel_that_refuses_leaves_stdout_empty(generate: Cli) -> None:
+    assert "kernel 'cuda_paged' refuses" in generate("hello", "--kernel", "cuda_paged").error
+
+
 def test_json_holds_the_whole_answer(generate: Cli) -> None:
     outcome = generate("hello", "--json")
     record = json.loads(outcome.out)

@@ -60,6 +60,8 @@ def generate(
     )
     if prompt is not None and prompts is not None:
         raise RequestError("a prompt and --prompts are both given", hint="give one of them")
+    if echo and (json or prompts):
+        raise RequestError("--echo with --json or --prompts, which write the prompt in any case")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt)]
     with load(
         model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
@@ -122,16 +124,18 @@ def _bounded(name: str, file: TextIO) -> str:
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, echo: bool) -> None:
-    metrics = None
+    metrics, begun = None, echo
     chunks = llm.stream(prompt, params)
     try:
         if echo:
             console.write(prompt)
         for chunk in chunks:
+            begun = True
             console.write(chunk.text)
             metrics = chunk.metrics or metrics
     finally:
-        console.write("\n")
+        if begun:
+            console.write("\n")
     if metrics is not None:
         console.note(timings(metrics))
 
