@@ -119,5 +119,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal, tmp_path:
     user, assistant = json.loads(saved.read_text())
     assert user == {"role": "user", "content": "hello"}
     assert 0 < len(assistant["content"]) < MAX_TOKENS / 4
+    # a Ctrl-D typed before the next prompt is there may be lost as the terminal changes its mode
+    terminal.until("> ", terminal.seen.index("2 messages saved", start))
     terminal.type("\x04")
     assert terminal.process.wait(timeout=60) == 0
