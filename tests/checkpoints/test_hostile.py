@@ -466,6 +466,7 @@ VOCABULARY = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b
         "[" * 100_000,
         json.dumps({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}),
         json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}),
+        json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "": 2}, "merges": [["a", "b"]]}}),
         json.dumps({"model": {"type": "Magic"}}),
         json.dumps({"version": "1.0", "model": VOCABULARY, "decoder": {"type": "WordPiece"}}),
         json.dumps({"version": "1.0", "model": VOCABULARY, "decoder": None}),

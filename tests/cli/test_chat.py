@@ -71,10 +71,15 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            preexec_fn=lambda: os.nice(19),  # on a busy machine the test keeps up with what it reads
+            preexec_fn=self._as_started_by_a_script,
         )
         os.close(child)
         self.seen = ""
+
+    @staticmethod
+    def _as_started_by_a_script() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.nice(19)  # on a busy machine the test keeps up with what it reads
 
     def until(self, text: str, since: int = 0) -> None:
         """Read on until `text` stands in what came after `since`."""

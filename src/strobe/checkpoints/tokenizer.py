@@ -82,7 +82,9 @@ class Tokenizer:
         text = read_bytes(path, JSON_LIMIT)
         try:
             backend = tokenizers.Tokenizer.from_str(text.decode())
-        except Exception as error:  # the library raises bare Exception for all that it dislikes
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare Exception for what the library dislikes, and panics of its own
             raise TokenizerError(f"{path} is not a tokenizer: {error}") from error
         for part in _parts(backend.post_processor):
             unknown = _undefined(part) if part["type"] == "TemplateProcessing" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,6 +69,8 @@ class Chat:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (gives input() its line editing and history)
+            # a shell's background jobs, and what they start, ignore Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             console.note("/help lists the commands, Ctrl-D leaves")
         while True:
             try:
