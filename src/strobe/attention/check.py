@@ -75,7 +75,7 @@ def verdict(
     if bool(out.isnan().any()) or (lse is not None and bool(lse.isnan().any())):
         error = float("inf")
     # eps is the spacing at 1, two roundings. A 16-bit answer is summed in more bits than it is given in; a
-    # wider one is not: added up key by key its roundings walk at random, where blocked sums as plain's hardly do.
+    # wider one is not: added up key by key its roundings walk at random, as blocked sums hardly do.
     spacings = 1 if torch.finfo(q.dtype).bits == 16 else max(3.0, math.sqrt(problem.kv_len) / 2)
     allowed = 2 * plain_error + spacings * torch.finfo(q.dtype).eps * max(scale, 1e-6)
     return Verdict(error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(problem, lse)))
