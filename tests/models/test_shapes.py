@@ -15,7 +15,16 @@ from strobe.models.network import allocate, tensors
 
 @pytest.mark.parametrize(
     ("shape", "parameters"),
-    [("llama2-7b", 6_738_415_616), ("llama3-8b", 8_030_261_248), ("llama3.2-1b", 1_235_814_400)],
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+        ("gpt2", 124_439_808),
+    ],
 )
 def test_counts_of_the_makers(shape: str, parameters: int) -> None:
     config = shapes.named(shape)
@@ -31,9 +40,10 @@ def test_unknown_shape_names_the_nearest() -> None:
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_random_network_neither_fades_nor_explodes(shape: str) -> None:
+    published = shapes.named(shape)
     small = replace(
-        shapes.named(shape), layers=12, hidden=64, intermediate=160, q_heads=4, kv_heads=2, head_dim=16,
-        vocab_size=300,
+        published, layers=12, hidden=64, intermediate=160, q_heads=4, head_dim=16, vocab_size=300,
+        kv_heads=2 if published.rope else 4,
     )  # fmt: skip
     prompt = torch.randint(300, (40,)).tolist()
     given = [
