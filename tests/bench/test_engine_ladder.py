@@ -66,7 +66,7 @@ def test_a_wrong_kernel_has_no_speed(model: Model, monkeypatch: pytest.MonkeyPat
 
 def test_a_tie_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shapes.random_model(SMALL, device="cpu", dtype=torch.float32)
-    model.weights.head.zero_()  # every token as likely as every other
+    model.weights.head.weight.zero_()  # every token as likely as every other
     honest, calls = engine_ladder._generate, []
 
     def other(engine, prompt, output):

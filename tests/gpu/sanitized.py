@@ -7,7 +7,7 @@ import torch
 from strobe.attention import ladder
 from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS
-from strobe.linear import api
+from strobe.linear import Projection
 from strobe.linear import ladder as linear_ladder
 from strobe.ops.softmax import softmax
 
@@ -45,7 +45,7 @@ def main() -> None:
     x, weight = torch.randn(3, 1000, device="cuda").half(), torch.randn(129, 1000, device="cuda").half()
     for name in linear_ladder.RUNGS:
         if name.startswith("cuda_"):
-            api.apply(x, weight, weight[:, 0].contiguous(), kernel=name)
+            Projection(weight, weight[:, 0].contiguous())(x, kernel=name)
     softmax(x)
     torch.cuda.synchronize()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strobe.errors import KernelRefusedError
-from strobe.linear import api
+from strobe.linear import Projection
 from strobe.ops.softmax import softmax
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ def check(kernel: str, tokens: int, inputs: int, outputs: int, dtype: torch.dtyp
     bias = torch.randn(outputs, device="cuda", generator=rng).to(dtype) if biased else None
     want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.full((tokens, outputs), float("nan"), dtype=dtype, device="cuda")  # where out is likely to be
-    out = api.apply(x, weight, bias, kernel=kernel)
+    out = Projection(weight, bias)(x, kernel=kernel)
     assert out.dtype == dtype
     assert float((out.double() - want).abs().max()) <= EPSILON[dtype] * float(want.abs().max())
 
@@ -46,7 +46,7 @@ def test_gemv(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> Non
 def test_gemv_refuses_by_name() -> None:
     x, weight = torch.ones(9, 12, device="cuda"), torch.ones(4, 12, device="cuda")
     with pytest.raises(KernelRefusedError, match="9 tokens; supported: up to 8; inputs 12"):
-        api.apply(x, weight, kernel="cuda_gemv")
+        Projection(weight)(x, kernel="cuda_gemv")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

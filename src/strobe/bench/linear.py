@@ -10,7 +10,7 @@ import torch
 from strobe.bench.attention import torch_dtype
 from strobe.bench.results import Row
 from strobe.bench.timer import GraphClock, in_turns, measure
-from strobe.linear import ladder
+from strobe.linear import Projection, empty_weight, ladder
 from strobe.linear.problem import LinearProblem
 
 _WEIGHTS_BYTES = 192 << 20
@@ -23,20 +23,24 @@ def measure_all(
     """A row for each `(tokens, inputs, outputs)` and rung that does not refuse it."""
     kind = torch_dtype(dtype)
     for tokens, inputs, outputs in shapes:
-        problem = LinearProblem(tokens, inputs, outputs, dtype, device=device, arch=arch)
+        input_major = device == "cpu"  # as `empty_weight` lays them
+        problem = LinearProblem(
+            tokens, inputs, outputs, dtype, device=device, arch=arch, input_major=input_major
+        )
         weight_bytes = inputs * outputs * kind.itemsize
         copies = max(1, min(16, _WEIGHTS_BYTES // weight_bytes))
         weights = [
-            (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(kind) for _ in range(copies)
+            Projection(empty_weight(outputs, inputs, device=device, dtype=kind).normal_(0.0, inputs**-0.5))
+            for _ in range(copies)
         ]
         x = torch.randn(tokens, inputs, device=device).to(kind)
-        oracle = x.double() @ weights[0].double().T
-        plain_error = float(((x @ weights[0].T).double() - oracle).abs().max())
+        oracle = x.double() @ weights[0].weight.double().T
+        plain_error = float(((x @ weights[0].weight.T).double() - oracle).abs().max())
         allowed = 2 * plain_error + torch.finfo(kind).eps * float(oracle.abs().max())
         for rung in ladder.RUNGS.values():
             if not rung.refusals(problem):
                 out = torch.full((tokens, outputs), float("nan"), dtype=kind, device=device)
-                rung.run(problem, x, weights[0], None, out)
+                rung.run(problem, x, weights[0], out)
                 error = float((out.double() - oracle).abs().nan_to_num(nan=float("inf")).max())
                 row = _figures(problem, rung, x, weights, out) if error <= allowed else {}
                 yield {
@@ -50,16 +54,16 @@ def measure_all(
 
 
 def _figures(
-    problem: LinearProblem, rung: ladder.Rung, x: torch.Tensor, weights: list[torch.Tensor], out: torch.Tensor
+    problem: LinearProblem, rung: ladder.Rung, x: torch.Tensor, weights: list[Projection], out: torch.Tensor
 ) -> Row:
-    calls = [lambda w=w: rung.run(problem, x, w, None, out) for w in weights]
+    calls = [lambda w=w: rung.run(problem, x, w, out) for w in weights]
     turns = itertools.cycle(calls)
     if problem.device == "cuda":
         (timing,) = in_turns([GraphClock(calls)])
     else:
         timing = measure(lambda: next(turns)(), "cpu")
     flops = 2 * problem.tokens * problem.inputs * problem.outputs
-    moved = x.nbytes + weights[0].nbytes + out.nbytes
+    moved = x.nbytes + weights[0].weight.nbytes + out.nbytes
     return {
         "ms": timing.ms,
         "ms_min": timing.ms_min,

@@ -15,9 +15,10 @@ from typing import Protocol
 import torch
 
 from strobe.errors import CheckpointError, DeviceError
+from strobe.linear import Projection
 from strobe.models import network
 from strobe.models.config import ModelConfig
-from strobe.models.gpt2 import Affine, GPT2Weights
+from strobe.models.gpt2 import GPT2Weights, Norm
 from strobe.models.llama import LlamaWeights
 
 PIECE = 16 << 20
@@ -117,42 +118,44 @@ def places(config: ModelConfig, weights: network.Weights) -> dict[str, torch.Ten
 def _llama_places(config: ModelConfig, weights: LlamaWeights) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor | None] = {
         "model.embed_tokens.weight": weights.embedding,
-        "model.norm.weight": weights.norm,
-        "lm_head.weight": None if config.tie_embeddings else weights.head,
+        "model.norm.weight": weights.head.norm,
+        "lm_head.weight": None if config.tie_embeddings else weights.head.weight,
     }
     for index, layer in enumerate(weights.layers):
         block = f"model.layers.{index}."
         attention = block + "self_attn."
         sizes = (config.q_size, config.kv_size, config.kv_size)
-        for name, part in zip("qkv", layer.qkv.split(sizes), strict=True):
+        for name, part in zip("qkv", layer.qkv.weight.split(sizes), strict=True):
             found[f"{attention}{name}_proj.weight"] = part
-        if layer.qkv_bias is not None:
-            for name, part in zip("qkv", layer.qkv_bias.split(sizes), strict=True):
+        if layer.qkv.bias is not None:
+            for name, part in zip("qkv", layer.qkv.bias.split(sizes), strict=True):
                 found[f"{attention}{name}_proj.bias"] = part
-        gate, up = layer.gate_up.chunk(2)
+        gate, up = layer.gate_up.weight.chunk(2)
         found |= {
             attention + "q_norm.weight": layer.q_norm,
             attention + "k_norm.weight": layer.k_norm,
-            attention + "o_proj.weight": layer.output,
-            attention + "o_proj.bias": layer.output_bias,
-            block + "input_layernorm.weight": layer.attention_norm,
-            block + "post_attention_layernorm.weight": layer.mlp_norm,
+            attention + "o_proj.weight": layer.output.weight,
+            attention + "o_proj.bias": layer.output.bias,
+            block + "input_layernorm.weight": layer.qkv.norm,
+            block + "post_attention_layernorm.weight": layer.gate_up.norm,
             block + "mlp.gate_proj.weight": gate,
             block + "mlp.up_proj.weight": up,
-            block + "mlp.down_proj.weight": layer.down,
+            block + "mlp.down_proj.weight": layer.down.weight,
         }
     return {name: place for name, place in found.items() if place is not None}
 
 
 def _gpt2_places(weights: GPT2Weights) -> dict[str, torch.Tensor]:
-    found = {"wte.weight": weights.embedding, "wpe.weight": weights.positions}
-    if weights.head is not weights.embedding:
-        found["lm_head.weight"] = weights.head
+    found: dict[str, torch.Tensor | None] = {
+        "wte.weight": weights.embedding,
+        "wpe.weight": weights.positions,
+        "lm_head.weight": None if weights.head.weight is weights.embedding else weights.head.weight,
+    }
 
-    def norm(name: str, to: Affine) -> None:
+    def norm(name: str, to: Norm) -> None:
         found[name + ".weight"], found[name + ".bias"] = to.weight, to.bias
 
-    def projection(name: str, to: Affine) -> None:
+    def projection(name: str, to: Projection) -> None:
         # Conv1D keeps its weight as [inputs, outputs].
         found[name + ".weight"], found[name + ".bias"] = to.weight.t(), to.bias
 
@@ -165,7 +168,7 @@ def _gpt2_places(weights: GPT2Weights) -> dict[str, torch.Tensor]:
         projection(block + "attn.c_proj", layer.output)
         projection(block + "mlp.c_fc", layer.up)
         projection(block + "mlp.c_proj", layer.down)
-    return found
+    return {name: place for name, place in found.items() if place is not None}
 
 
 def halve_rotation_pairs(config: ModelConfig, weights: LlamaWeights) -> None:
@@ -175,5 +178,5 @@ def halve_rotation_pairs(config: ModelConfig, weights: LlamaWeights) -> None:
     """
     pairs = config.head_dim // 2
     for layer in weights.layers:
-        rows = layer.qkv[: config.q_size + config.kv_size]
+        rows = layer.qkv.weight[: config.q_size + config.kv_size]
         rows.copy_(rows.unflatten(0, (-1, pairs, 2)).transpose(1, 2).flatten(0, 2))

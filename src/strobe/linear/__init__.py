@@ -1,5 +1,5 @@
 """Matrix products with the weights: a small ladder of its own."""
 
-from strobe.linear.api import apply, empty_weight
+from strobe.linear.projection import Projection, empty_weight
 
-__all__ = ["apply", "empty_weight"]
+__all__ = ["Projection", "empty_weight"]

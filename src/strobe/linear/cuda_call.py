@@ -16,4 +16,4 @@ def refusals(problem: LinearProblem) -> list[str]:
         reasons.append(f"compute capability {problem.arch / 10}; supported: 8.0 and up")
     if problem.dtype not in SCALAR:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(SCALAR)}")
-    return reasons
+    return reasons + [f"fuses no {what}" for what in problem.around]

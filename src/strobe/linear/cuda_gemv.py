@@ -10,6 +10,7 @@ import torch
 from strobe.cuda import jit
 from strobe.linear import cuda_call
 from strobe.linear.problem import LinearProblem
+from strobe.linear.projection import Projection
 
 IDEA = "a warp two outputs, weights read once in 16-byte loads with many in flight"
 
@@ -27,20 +28,15 @@ def refusals(problem: LinearProblem) -> list[str]:
     return reasons
 
 
-def run(
-    problem: LinearProblem,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
     if x.data_ptr() % 16:
         x = x.clone()
+    weight = projection.weight
     if weight.data_ptr() % 16:
         weight = weight.clone()
     multiply = jit.kernel(_SOURCE, "multiply", _defines(problem.dtype, problem.tokens), x.get_device())
     sizes = (ctypes.c_int(problem.inputs), ctypes.c_int(problem.outputs))
-    multiply(-(-problem.outputs // (_WARPS * _ROWS)), 32 * _WARPS, [x, weight, bias, out, *sizes])
+    multiply(-(-problem.outputs // (_WARPS * _ROWS)), 32 * _WARPS, [x, weight, projection.bias, out, *sizes])
 
 
 def sources(arch: str) -> list[jit.Source]:

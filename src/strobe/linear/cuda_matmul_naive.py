@@ -10,6 +10,7 @@ import torch
 from strobe.cuda import jit
 from strobe.linear import cuda_call
 from strobe.linear.problem import LinearProblem
+from strobe.linear.projection import Projection
 
 IDEA = "a thread an output, operands straight from memory"
 
@@ -25,17 +26,11 @@ def refusals(problem: LinearProblem) -> list[str]:
     return reasons
 
 
-def run(
-    problem: LinearProblem,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
     multiply = jit.kernel(_SOURCE, "multiply", _defines(problem.dtype), x.get_device())
     sizes = (ctypes.c_int(n) for n in (problem.tokens, problem.inputs, problem.outputs))
     grid = (-(-problem.outputs // _BLOCK[0]), -(-problem.tokens // _BLOCK[1]))
-    multiply(grid, _BLOCK, [x, weight, bias, out, *sizes])
+    multiply(grid, _BLOCK, [x, projection.weight, projection.bias, out, *sizes])
 
 
 def sources(arch: str) -> list[jit.Source]:

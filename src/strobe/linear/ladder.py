@@ -1,7 +1,9 @@
 """The rungs of the matrix product, and the choice among them.
 
 A rung is a module of this package with `IDEA` (one line), `refusals(problem) -> list[str]` and
-`run(problem, x, weight, bias, out)`, which fills `out [tokens, outputs]`.
+`run(problem, x, projection, out)`, which fills `out [tokens, problem.columns]`, or adds to it where
+`problem.residual`. It does what the problem says and no more: `projection.norm` may be there and
+`problem.norm` False, since what a rung does not fuse is done beside it.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Rung:
     def refusals(self, problem: LinearProblem) -> list[str]:
         return self.module.refusals(problem)
 
-    def run(self, problem: LinearProblem, x: Any, weight: Any, bias: Any, out: Any) -> None:
-        self.module.run(problem, x, weight, bias, out)
+    def run(self, problem: LinearProblem, x: Any, projection: Any, out: Any) -> None:
+        self.module.run(problem, x, projection, out)
 
 
 RUNGS = {
@@ -59,8 +61,9 @@ def named(kernel: str) -> tuple[Rung, ...]:
     return tuple(RUNGS[name] for name in names)
 
 
-def choose(problem: LinearProblem, kernel: str = "auto") -> Rung:
-    """The first of `named(kernel)` that refuses nothing; there is no falling back on what was not named.
+def choose(problem: LinearProblem, kernel: str = "auto") -> tuple[Rung, LinearProblem]:
+    """The first of `named(kernel)` that refuses nothing, and what it is to run: `problem`, or its plain
+    product where it fuses no more. There is no falling back on what was not named.
 
     Raises:
         UnknownNameError: no rung has this name.
@@ -68,9 +71,10 @@ def choose(problem: LinearProblem, kernel: str = "auto") -> Rung:
     """
     refused = []
     for rung in named(kernel):
-        if not (reasons := rung.refusals(problem)):
-            return rung
-        refused.append(f"linear kernel {rung.name!r} refuses ({problem}): {'; '.join(reasons)}")
+        for run in (problem, problem.plain):
+            if not (reasons := rung.refusals(run)):
+                return rung, run
+        refused.append(f"linear kernel {rung.name!r} refuses ({problem.plain}): {'; '.join(reasons)}")
     raise KernelRefusedError("; ".join(refused), hint="kernel='auto' takes one that fits")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class LinearProblem:
     """`x [tokens, inputs] @ weight [outputs, inputs]ᵀ (+ bias [outputs])`, all in one dtype.
 
-    x and bias are contiguous; the weight is laid out as `linear.empty_weight` does for its device.
+    With `norm`, x goes through RMSNorm first. With `swiglu`, the first half of the outputs are gates of
+    the second: the result is `silu(gate) * up`. With `residual`, the result is added to what `out`
+    holds. x, bias and out are contiguous.
     """
 
     tokens: int
@@ -17,11 +19,31 @@ class LinearProblem:
     outputs: int
     dtype: str
     bias: bool = False
+    norm: bool = False
+    swiglu: bool = False
+    residual: bool = False
     device: str = "cpu"
     arch: int = 0
     """Compute capability times ten (90 for an H100 or H200), 0 without a GPU."""
+    input_major: bool = False
+    """Whether the weight lies input by input: `weight.t()` is contiguous. Else the weight is."""
+
+    @property
+    def columns(self) -> int:
+        """Of the result: `[tokens, columns]`."""
+        return self.outputs // 2 if self.swiglu else self.outputs
+
+    @property
+    def plain(self) -> LinearProblem:
+        """The product alone, with its bias."""
+        return replace(self, norm=False, swiglu=False, residual=False)
+
+    @property
+    def around(self) -> list[str]:
+        """What stands before and behind the product, by name."""
+        return [name for name in ("norm", "swiglu", "residual") if getattr(self, name)]
 
     def __str__(self) -> str:
-        bias = " + bias" if self.bias else ""
+        bias = ["bias"] if self.bias else []
         shape = f"[{self.tokens}, {self.inputs}] @ [{self.outputs}, {self.inputs}]ᵀ"
-        return f"linear {shape}{bias}, {self.dtype} on {self.device}"
+        return f"linear {' + '.join([shape, *bias, *self.around])}, {self.dtype} on {self.device}"

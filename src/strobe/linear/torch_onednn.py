@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from strobe.linear.problem import LinearProblem
+from strobe.linear.projection import Projection
 
 IDEA = "torch.ops.mkldnn: oneDNN, where the vendor's library is not the processor's vendor's"
 
@@ -28,21 +29,20 @@ def refusals(problem: LinearProblem) -> list[str]:
         reasons.append("float32 only")
     if problem.tokens < FEWEST_TOKENS:
         reasons.append(f"{FEWEST_TOKENS} tokens and up")
-    return reasons
+    return reasons + [f"fuses no {what}" for what in problem.around if what != "residual"]
 
 
-def run(
-    problem: LinearProblem,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
     size = rounded(problem.tokens)
     if size > problem.tokens:
         x = F.pad(x, (0, 0, 0, size - problem.tokens))
-    product = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    out.copy_(product[: problem.tokens])
+    product = torch.ops.mkldnn._linear_pointwise(x, projection.weight, projection.bias, "none", [], "")[
+        : problem.tokens
+    ]
+    if problem.residual:
+        out.add_(product)
+    else:
+        out.copy_(product)
 
 
 def rounded(tokens: int) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from strobe import linear
 from strobe.attention.api import attention
+from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
 from strobe.ops import cache
@@ -18,8 +18,8 @@ from strobe.ops.norm import layer_norm
 
 
 @dataclass(frozen=True, eq=False)
-class Affine:
-    """A norm's weight and bias, `[hidden]` both; or a projection's, `[outputs, inputs]` and `[outputs]`."""
+class Norm:
+    """LayerNorm's weight and bias, `[hidden]` both."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -29,17 +29,17 @@ class Affine:
 class GPT2Layer:
     """One block's weights. `qkv` is `[3 * hidden, hidden]`: all queries, then keys, then values."""
 
-    attention_norm: Affine
-    qkv: Affine
-    output: Affine
-    mlp_norm: Affine
-    up: Affine
-    down: Affine
+    attention_norm: Norm
+    qkv: Projection
+    output: Projection
+    mlp_norm: Norm
+    up: Projection
+    down: Projection
 
 
 @dataclass(frozen=True, eq=False)
 class GPT2Weights:
-    """embedding and head `[vocab_size, hidden]`, one tensor where they are tied.
+    """embedding `[vocab_size, hidden]`, the head's weight too where they are tied.
 
     positions `[max_position, hidden]`.
     """
@@ -47,8 +47,8 @@ class GPT2Weights:
     embedding: torch.Tensor
     positions: torch.Tensor
     layers: tuple[GPT2Layer, ...]
-    norm: Affine
-    head: torch.Tensor
+    norm: Norm
+    head: Projection
 
     @classmethod
     def allocate(cls, config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype) -> GPT2Weights:
@@ -57,14 +57,11 @@ class GPT2Weights:
         def rows(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        def weight(outputs: int, inputs: int) -> torch.Tensor:
-            return linear.empty_weight(outputs, inputs, device=device, dtype=dtype)
+        def norm(size: int) -> Norm:
+            return Norm(rows(size), rows(size))
 
-        def norm(size: int) -> Affine:
-            return Affine(rows(size), rows(size))
-
-        def projection(outputs: int, inputs: int) -> Affine:
-            return Affine(weight(outputs, inputs), rows(outputs))
+        def projection(outputs: int, inputs: int, *, bias: bool = True) -> Projection:
+            return Projection.empty(outputs, inputs, device=device, dtype=dtype, bias=bias)
 
         c = config
         layers = tuple(
@@ -78,8 +75,8 @@ class GPT2Weights:
             )
             for _ in range(c.layers)
         )
-        head = weight(c.vocab_size, c.hidden)
-        embedding = head if c.tie_embeddings else rows(c.vocab_size, c.hidden)
+        head = projection(c.vocab_size, c.hidden, bias=False)
+        embedding = head.weight if c.tie_embeddings else rows(c.vocab_size, c.hidden)
         return cls(embedding, rows(c.max_position, c.hidden), layers, norm(c.hidden), head)
 
 
@@ -94,33 +91,26 @@ class GPT2:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
-        w = self.weights
+        w, kernel = self.weights, batch.linear_kernel
         x = F.embedding(batch.token_ids, w.embedding) + F.embedding(batch.positions, w.positions)
         for index, layer in enumerate(w.layers):
-            x += self._attention(index, layer, x, batch)
-            x += self._mlp(layer, x, batch)
+            qkv = layer.qkv(self._norm(x, layer.attention_norm), kernel=kernel)
+            layer.output(self._attention(index, qkv, batch), residual=x, kernel=kernel)
+            raised = layer.up(self._norm(x, layer.mlp_norm), kernel=kernel)
+            layer.down(gelu_tanh(raised), residual=x, kernel=kernel)
         x = self._norm(x.index_select(0, batch.logits_at), w.norm)
-        return linear.apply(x, w.head, kernel=batch.linear_kernel).float()
+        return w.head(x, kernel=kernel).float()
 
-    def _attention(self, index: int, layer: GPT2Layer, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """x `[tokens, hidden]` → what attention adds to it."""
+    def _attention(self, index: int, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """qkv `[tokens, 3 * q_size]` → `[tokens, q_size]`, its keys and values appended."""
         c = self.config
-        qkv = self._project(self._norm(x, layer.attention_norm), layer.qkv, batch)
         q, k, v = qkv.view(-1, 3 * c.q_heads, c.head_dim).chunk(3, dim=1)
         k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
         cache.append(k, v, k_pages, v_pages, batch.slots)
         out: Any = attention(
             batch.rows(q), k_pages, v_pages, causal=True, layout=batch.layout, kernel=batch.attention_kernel
         )
-        return self._project(out.view(-1, c.q_size), layer.output, batch)
+        return out.view(-1, c.q_size)
 
-    def _mlp(self, layer: GPT2Layer, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """x `[tokens, hidden]` → what the MLP adds to it."""
-        raised = self._project(self._norm(x, layer.mlp_norm), layer.up, batch)
-        return self._project(gelu_tanh(raised), layer.down, batch)
-
-    def _norm(self, x: torch.Tensor, norm: Affine) -> torch.Tensor:
+    def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
-
-    def _project(self, x: torch.Tensor, to: Affine, batch: Batch) -> torch.Tensor:
-        return linear.apply(x, to.weight, to.bias, kernel=batch.linear_kernel)
