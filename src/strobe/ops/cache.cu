@@ -1,6 +1,7 @@
 // New keys and values into their pages, queries and keys rotated on the way, in one launch.
 //
 // Defines: scalar_t, kv_t (of the cache: scalar_t, or u8 for e4m3), HEAD_DIM, ROTATE.
+#include "grid_dependency.cuh"
 #include "types.cuh"
 
 struct Append {
@@ -24,8 +25,10 @@ __device__ __forceinline__ void store(u8* to, const float (&x)[8], const float* 
   const float scale = scales ? 1.f / scales[head] : 1.f;
   u16 pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs[i]) : "f"(x[2 * i + 1] * scale), "f"(x[2 * i] * scale));
+  for (int i = 0; i < 4; ++i) {
+    const float high = x[2 * i + 1] * scale, low = x[2 * i] * scale;
+    pairs[i] = e4m3_pair(low, high);
+  }
   *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0] | u32(pairs[1]) << 16, pairs[2] | u32(pairs[3]) << 16);
 }
 
@@ -36,9 +39,8 @@ extern "C" __global__ void append(const __grid_constant__ Append p) {
   const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
   const int heads = p.q_heads + 2 * p.kv_heads, head = at / PIECES % heads, d = at % PIECES * 8;
   const i64 token = at / PIECES / heads;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  grid_dependency_wait();
+  grid_launch_dependents();
   if (token >= p.tokens) return;
 
   const int value = head - p.q_heads - p.kv_heads;  // from 0 on: a value's head

@@ -16,6 +16,8 @@
 // Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads that a
 // block reads side by side), WARPS, STAGES, scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for
 // e4m3 with a scale a head), SOFTCAP, SINKS.
+#include "grid_dependency.cuh"
+#include "memory.cuh"
 #include "operands.cuh"
 #include "tile_stream.cuh"
 #include "work_list.cuh"
@@ -117,12 +119,6 @@ struct Queries {
   }
 };
 
-__device__ __forceinline__ u32 transpose_8x8(u32 rows) {
-  u32 columns;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
-  return columns;
-}
-
 // tanh to float accuracy: tanh.approx is only good to 11 bits.
 __device__ __forceinline__ float tanh_exp2(float x) {
   return 1.f - __fdividef(2.f, fast_exp2(x * (2.f * LOG2E)) + 1.f);
@@ -200,8 +196,8 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
         scores[t][n][i] = fast_exp2(scores[t][n][i] - state.m[n][i % 2]);
         state.l[n][i % 2] += scores[t][n][i];
       }
-      weights[n][0] = transpose_8x8(pack<mma_t>(scores[t][n][0], scores[t][n][1]));
-      weights[n][1] = transpose_8x8(pack<mma_t>(scores[t][n][2], scores[t][n][3]));
+      weights[n][0] = transpose_matrix(pack<mma_t>(scores[t][n][0], scores[t][n][1]));
+      weights[n][1] = transpose_matrix(pack<mma_t>(scores[t][n][2], scores[t][n][3]));
     }
     // Keys past the end weigh 0, but 0 * NaN is NaN: what stands there is cleared.
     u32 keep[2] = {~0u, ~0u};
@@ -299,17 +295,6 @@ __device__ __forceinline__ float written(float x) {
   return __float_as_uint(x) == EMPTY ? __uint_as_float(EMPTY >> 1) : x;
 }
 
-__device__ __forceinline__ float4 look(const float4* from) {
-  float4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ float2 look(const float2* from) {
-  float2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
-  return x;
-}
 __device__ __forceinline__ bool empty(float2 x) { return max(__float_as_uint(x.x), __float_as_uint(x.y)) == EMPTY; }
 __device__ __forceinline__ bool empty(float4 x) {
   return empty(float2{x.x, x.y}) || empty(float2{x.z, x.w});
@@ -366,8 +351,8 @@ __device__ __forceinline__ void merge(const Params& p, u32 first, u32 blocks, u8
   for (u32 i = threadIdx.x; i < blocks * lines; i += THREADS) {
     const u32 block = divide(i, lines);
     float2* const place = partial(p, first + block, block == 0).ml + (i - block * lines);
-    float2 x = look(place);
-    while (empty(x)) x = look(place);
+    float2 x = load_relaxed(place);
+    while (empty(x)) x = load_relaxed(place);
     ml[i] = x;
     *place = make_float2(nothing, nothing);
   }
@@ -386,14 +371,14 @@ __device__ __forceinline__ void merge(const Params& p, u32 first, u32 blocks, u8
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
           const u32 block = from + j * teams;
-          if (block < blocks) o[j] = look(partial(p, first + block, block == 0).o + i);
+          if (block < blocks) o[j] = load_relaxed(partial(p, first + block, block == 0).o + i);
         }
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) {
           const u32 block = from + j * teams;
           if (block >= blocks) break;
           float4* const place = partial(p, first + block, block == 0).o + i;
-          while (empty(o[j])) o[j] = look(place);
+          while (empty(o[j])) o[j] = load_relaxed(place);
           *place = make_float4(nothing, nothing, nothing, nothing);
           const float2 its = line[block * lines];
           sum.add(fast_exp2(its.x - sum.m), its.y, o[j]);
@@ -429,7 +414,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
     prefetch(v_map);
   }
   // Under programmatic launch the kernel ahead may still run: nothing of it is touched above this line.
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  grid_dependency_wait();
+  grid_launch_dependents();
   int* const tables = reinterpret_cast<int*>(dynamic + RINGS + sizeof(Shared));
   WorkList work{p.batch, p.segments, p.q_len, p.left, p.cu_seqlens_q, tables, tables + p.batch + 1};
   work.plan(p.seq_lens, gridDim.x, shared.scratch);

@@ -31,12 +31,8 @@ struct ElementOperands {
   }
 };
 
-// Two e4m3 numbers, exactly.
-__device__ __forceinline__ u32 widen(u32 pair) {
-  u32 wide;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(u16(pair)));
-  return wide;
-}
+// The first two of four e4m3 numbers.
+__device__ __forceinline__ u32 widen(u32 pair) { return f16_pair_of_e4m3(u16(pair)); }
 
 // e4m3 elements: a matrix of ldmatrix is 8 keys x 16 features.
 template <>

@@ -2,6 +2,7 @@
 // numbered barriers on which some warps of a block do (bar.sync, bar.arrive).
 #pragma once
 
+#include "ring.cuh"
 #include "types.cuh"
 
 // Completes a phase once `count` arrivals and every expected byte have come in. Phases alternate between
@@ -46,17 +47,6 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // Order this thread's ordinary accesses of shared memory before later ones of the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Where a producer or a consumer stands in a ring of SLOTS buffers, each with a full and an empty barrier.
-template <int SLOTS>
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;  // of the full barrier's phase to wait for; a producer waits for the empty barrier's other one
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == SLOTS) stage = 0, parity ^= 1;
-  }
-};
 
 // Numbered barriers: 0 is __syncthreads'. COUNT has those that sync and those that only arrive.
 template <int COUNT>

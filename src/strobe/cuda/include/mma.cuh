@@ -1,4 +1,4 @@
-// Warp-wide tensor-core products: mma.sync m16n8k16 with fp32 accumulation, and ldmatrix (sm_80 and up).
+// Warp-wide tensor-core products: mma.sync m16n8k16 with fp32 accumulation, ldmatrix and movmatrix (sm_80 and up).
 //
 // Who holds what, with row = lane / 4 and pair = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 //   A [16 x 16]  a[0], a[2]: row `row`, columns 2 pair + {0, 1} and + 8;  a[1], a[3]: row `row + 8`
@@ -20,6 +20,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&m)[4], u32 addres
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                : "r"(address));
+}
+
+// An 8x8 matrix across the warp: a lane gives two neighbours of row lane / 4, and gets two of column lane / 4.
+__device__ __forceinline__ u32 transpose_matrix(u32 rows) {
+  u32 columns;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
+  return columns;
 }
 
 // c += a b

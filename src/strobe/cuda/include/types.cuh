@@ -4,6 +4,8 @@
 // `scalar_t` kernels use to_float / from_float and never name a type.
 #pragma once
 
+#include "convert.cuh"
+
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -22,38 +24,22 @@ constexpr float LN2 = 0.6931471805599453f;    // ln(2): log(x) = log2(x) * LN2
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __int_as_float(u32(x.bits) << 16); }
-__device__ __forceinline__ float to_float(f16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-  return y;
-}
+__device__ __forceinline__ float to_float(f16 x) { return f16_value(x.bits); }
 
 template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ f16 from_float<f16>(float x) {
-  f16 y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
-}
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return {f16_bits(x)}; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
   bf16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  y.bits = bf16_bits(x);
   return y;
 }
 
 // --- pairs of 16 bits in one register: `low` is the element at the lower address -------------------
 
 template <class T> __device__ __forceinline__ u32 pack(float low, float high);
-template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) {
-  u32 y;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
-template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
-  u32 y;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-  return y;
-}
+template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) { return f16_pair(low, high); }
+template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) { return bf16_pair(low, high); }
 
 template <class T> __device__ __forceinline__ float2 unpack(u32 pair);
 template <> __device__ __forceinline__ float2 unpack<f16>(u32 pair) {
@@ -84,23 +70,8 @@ template <class T> __device__ __forceinline__ void load_floats(const T* p, float
   to_floats(*reinterpret_cast<const uint4*>(p), y, T{});
 }
 
-// --- the special-function unit --------------------------------------------------------------------
+// --- functions ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float fast_exp2(float x) {  // fast_exp2(-inf) = 0
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float fast_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 // Absolute error under 1e-6. tanh.approx is one instruction, but 5e-4 off: a softcap of 30 would move
 // scores by 0.015.
 __device__ __forceinline__ float fast_tanh(float x) {
