@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from strobe.attention.api import describe, empty_lse
+from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
+from strobe.attention.inputs import describe
 from strobe.attention.prefill import cuda_async
-from strobe.attention.problem import Packed, Paged
+from strobe.attention.problem import Options, Packed, Paged
 
 pytestmark = pytest.mark.gpu
 
@@ -113,7 +114,7 @@ def test_a_graph_reads_lengths_on_the_device() -> None:
     fresh = Paged(layout.page_table, layout.seq_lens.clone(), layout.cu_seqlens_q.clone())
     q = inputs.q[:91]
     judged = verdict(
-        describe(q, inputs.k, inputs.v, causal=True, layout=fresh), q, inputs.k, inputs.v, out[:91]
+        describe(q, inputs.k, inputs.v, Options(causal=True, layout=fresh)), q, inputs.k, inputs.v, out[:91]
     )
     assert judged.right, str(judged)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from strobe.attention import ladder
-from strobe.attention.api import describe, empty_lse
+from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_paged
+from strobe.attention.inputs import describe
 from strobe.attention.ladder import Rung
-from strobe.attention.problem import UNLIMITED, Paged
+from strobe.attention.problem import UNLIMITED, Options, Paged
 
 pytestmark = pytest.mark.gpu
 
@@ -167,8 +168,8 @@ def test_graphs_replay_with_other_lengths_and_tables() -> None:
         layout.page_table.copy_(table)
         layout.seq_lens.copy_(torch.tensor(lens, dtype=torch.int32))
         inputs.q.normal_()
-        options = {"causal": True, "layout": Paged(table, layout.seq_lens.clone())}
-        fresh = describe(inputs.q, inputs.k, inputs.v, **options)
+        options = Options(causal=True, layout=Paged(table, layout.seq_lens.clone()))
+        fresh = describe(inputs.q, inputs.k, inputs.v, options)
         for graph in reversed(graphs):
             out.fill_(float("nan"))
             graph.replay()

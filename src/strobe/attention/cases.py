@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from strobe.attention.api import describe
-from strobe.attention.problem import LARGEST, UNLIMITED, AttentionProblem, Dense, Layout, Packed, Paged
+from strobe.attention.inputs import describe
+from strobe.attention.problem import (
+    LARGEST,
+    UNLIMITED,
+    AttentionProblem,
+    Dense,
+    Layout,
+    Options,
+    Packed,
+    Paged,
+)
 from strobe.errors import ProblemError
 
 
@@ -116,7 +125,7 @@ class Inputs:
 
     @property
     def problem(self) -> AttentionProblem:
-        return describe(self.q, self.k, self.v, **self.options)
+        return describe(self.q, self.k, self.v, Options(**self.options))
 
 
 def _uniform(batch: int, q_len: int, kv_len: int) -> tuple[tuple[int, int], ...]:

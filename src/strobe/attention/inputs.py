@@ -1,4 +1,4 @@
-"""Do these tensors fit together? Every way in which the inputs of attention() can be wrong, by name.
+"""From tensors to a problem, and every way in which the inputs of attention() can be wrong, by name.
 
 Shapes, dtypes and devices are checked always. Lengths and page numbers are checked where they can be
 read without waiting: on a CPU. On a GPU they are the caller's word.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from strobe.attention.problem import Dense, Layout, Packed, Paged
+from strobe.attention.problem import AttentionProblem, Dense, Layout, Options, Packed, Paged
 from strobe.errors import ProblemError
 
 DTYPE_NAMES = {
@@ -201,3 +201,39 @@ def _check_index(name: str, tensor: Any, dims: int, q: torch.Tensor) -> None:
         raise ProblemError(f"{name} is {given}; supported: an int32 tensor of {dims} dimension{plural}")
     if tensor.device != q.device:
         raise ProblemError(f"{name} is on {tensor.device}, q on {q.device}; supported: one device")
+
+
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
+    """The AttentionProblem of these tensors. Arguments and errors as in `api.attention`."""
+    layout = options.layout if options.layout is not None else Dense()
+    check_tensors(q, k, v, options.sinks)
+    batch, q_len, kv_len = sizes(q, k, layout)
+    if options.bias is not None:
+        check_bias(options.bias, q, (batch, q.shape[-2], q_len, kv_len))
+    return AttentionProblem(
+        batch=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        q_heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        dtype=DTYPE_NAMES[q.dtype],
+        kv_dtype=DTYPE_NAMES[k.dtype],
+        page_size=k.shape[1] if isinstance(layout, Paged) else 0,
+        device=q.device.type,
+        arch=_arch(q.device),
+        **{**options._asdict(), "layout": layout},
+    )
+
+
+_ARCH: dict[int, int] = {}
+
+
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _ARCH:
+        major, minor = torch.cuda.get_device_capability(index)
+        _ARCH[index] = 10 * major + minor
+    return _ARCH[index]

@@ -2,14 +2,17 @@
 
 A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
 not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
-where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`.
+where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. One whose calls cost the
+host too much has `prepare(problem, q, k, v)` too: what it returns then runs every call whose tensors agree
+with these in shape, strides, dtype and device, as `run(q, k, v, out, lse)`; out and lse are contiguous.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from strobe.attention.problem import AttentionProblem
@@ -42,6 +45,11 @@ class Rung:
 
     def run(self, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
         self.module.run(problem, q, k, v, out, lse)
+
+    def prepare(self, problem: AttentionProblem, q: Any, k: Any, v: Any) -> Callable[..., None]:
+        """`run` of this problem, for tensors like these (plan.py)."""
+        prepare = getattr(self.module, "prepare", None)
+        return prepare(problem, q, k, v) if prepare else partial(self.module.run, problem)
 
 
 PREFILL = tuple(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from strobe.attention.problem import Dense, Layout, Packed, Paged
+from strobe.attention.problem import Dense, Layout, Options, Packed, Paged
 from strobe.errors import ProblemError
 
 _LIBRARY = torch.library.Library("strobe", "DEF")
@@ -22,31 +22,32 @@ _LIBRARY.define(
 
 
 def traced(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: Layout | None,
-    return_lse: bool,
-    **options: object,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The operator's call for these arguments; `options` are the rest of attention()'s keywords."""
-    has = layout if layout is not None else Dense()
+    """The operator's call for these arguments."""
+    has = options.layout if options.layout is not None else Dense()
     if isinstance(has, Paged) and has.k_scale is not None:
         raise ProblemError("a cache with k_scale and v_scale under torch.compile; supported: outside of it")
     out, lse = torch.ops.strobe.attention(
         q,
         k,
         v,
-        page_table=has.page_table if isinstance(has, Paged) else None,
-        seq_lens=has.seq_lens if isinstance(has, Paged) else None,
-        cu_seqlens_q=None if isinstance(has, Dense) else has.cu_seqlens_q,
-        cu_seqlens_kv=has.cu_seqlens_kv if isinstance(has, Packed) else None,
-        max_q_len=None if isinstance(has, Dense) else has.max_q_len,
-        max_kv_len=None if isinstance(has, Dense) else has.max_kv_len,
-        return_lse=return_lse,
-        **options,
+        options.sinks,
+        options.bias,
+        has.page_table if isinstance(has, Paged) else None,
+        has.seq_lens if isinstance(has, Paged) else None,
+        None if isinstance(has, Dense) else has.cu_seqlens_q,
+        has.cu_seqlens_kv if isinstance(has, Packed) else None,
+        None if isinstance(has, Dense) else has.max_q_len,
+        None if isinstance(has, Dense) else has.max_kv_len,
+        options.window,
+        options.causal,
+        options.scale,
+        options.softcap,
+        kernel,
+        options.return_lse,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse) if options.return_lse else out
 
 
 @torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
@@ -60,8 +61,8 @@ def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple
         layout = Paged(page_table, seq_lens, cu_seqlens_q, max_q_len, max_kv_len)
     elif cu_seqlens_q is not None:
         layout = Packed(cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len)
-    options = {"causal": causal, "window": tuple(window), "scale": scale, "softcap": softcap}
-    out, lse = run(q, k, v, kernel, sinks=sinks, bias=bias, layout=layout, return_lse=return_lse, **options)
+    options = Options(causal, tuple(window), scale, softcap, sinks, bias, layout, return_lse)
+    out, lse = run(q, k, v, kernel, options)
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 

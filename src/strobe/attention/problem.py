@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,6 +96,19 @@ class Paged:
 Layout = Dense | Packed | Paged
 
 
+class Options(NamedTuple):
+    """attention()'s keywords, as it takes them."""
+
+    causal: bool = False
+    window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    scale: Any = None
+    softcap: float = 0.0
+    sinks: Any = None
+    bias: Any = None
+    layout: Layout | None = None
+    return_lse: bool = False
+
+
 def _sum(start: int, count: int, top: int) -> int:
     """`start + (start + 1) + ...`, `count` terms, each taken to the nearest of 0 to `top`."""
     first, end = max(start, 0), min(start + count, top)
@@ -113,7 +126,7 @@ def _is_window(window: object) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
-    """One attention call, without its data. `attention.api.describe` builds it from tensors.
+    """One attention call, without its data. `attention.inputs.describe` builds it from tensors.
 
     `q_len` and `kv_len` are the longest row's. `window` is `(left, right)`, inclusive, -1 for no
     limit. Query i of a row sees key j when `j <= i + kv_len - q_len + right` and

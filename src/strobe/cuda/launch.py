@@ -7,7 +7,8 @@ them: building the bindings' own config objects costs several times the launch i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,7 +51,7 @@ class Launch:
     kept alive, only their addresses. Not for two threads at once.
     """
 
-    __slots__ = ("_config", "_kernel", "_pointers", "args")
+    __slots__ = ("_at", "_config", "_kernel", "_pointers", "args")
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Launch:
             attributes = _attributes(cluster, programmatic, cooperative)
             self._config.attributes = ctypes.addressof(attributes)
             self._config.attribute_count = len(attributes)
+        self._at = ctypes.addressof(self._config), ctypes.addressof(self._pointers)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -86,13 +88,17 @@ class Launch:
     def grid(self, grid: Dim) -> None:
         self._config.grid_x, self._config.grid_y, self._config.grid_z = _dim3(grid)
 
+    def point(self, argument: int, address: int) -> None:
+        """Take argument number `argument` from this address from now on; what stands there must stay."""
+        self._pointers[argument] = address
+
     def __call__(self, stream: int | None = None) -> None:
         """Launch on `stream` (a raw handle), or on torch's current stream of the kernel's device.
 
         Raises:
             DeviceError: the driver refuses the launch; the message holds its text.
         """
-        self._kernel._launch(self._config, self._pointers, stream)
+        self._kernel._launch(self._config, self._at, stream)
 
 
 class Kernel:
@@ -168,15 +174,16 @@ class Kernel:
         setting = f"setting {attribute.name} of {self.name}"
         _check(_driver().cuFuncSetAttribute(self._handle, attribute, value), setting)
 
-    def _launch(self, config: _Config, pointers: Any, stream: int | None) -> None:
+    def _launch(self, config: _Config, at: tuple[int, int], stream: int | None) -> None:
+        """Launch with the config and the pointers to the arguments that stand at these addresses."""
         if self._current_device() != self.device:
             import torch
 
             with torch.cuda.device(self.device):
-                self._launch(config, pointers, stream)
+                self._launch(config, at, stream)
             return
         config.stream = self._raw_stream(self.device) if stream is None else stream
-        config_at, pointers_at = ctypes.addressof(config), ctypes.addressof(pointers)
+        config_at, pointers_at = at
         status = self._launch_kernel(config_at, self._function, pointers_at, None)
         if status == _ERROR_INVALID_CONTEXT:  # this thread has made no CUDA call yet
             make_current(self.device)
@@ -190,14 +197,21 @@ class Kernel:
 
 def load_module(cubin: Cubin, device: int) -> Any:
     """Load a cubin on a device, also while a stream is being captured."""
-    driver = _driver()
     make_current(device)
+    with relaxed_capture():
+        image = ctypes.create_string_buffer(cubin.image, len(cubin.image))
+        loading = f"loading {cubin.name} for {cubin.arch}"
+        return _check(_driver().cuModuleLoadData(ctypes.addressof(image)), loading)[0]
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Calls of this thread that a stream's capture would forbid are allowed: loading, allocating, waiting."""
+    driver = _driver()
     relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
     (mode,) = _check(driver.cuThreadExchangeStreamCaptureMode(relaxed), "entering relaxed capture")
     try:
-        image = ctypes.create_string_buffer(cubin.image, len(cubin.image))
-        loading = f"loading {cubin.name} for {cubin.arch}"
-        return _check(driver.cuModuleLoadData(ctypes.addressof(image)), loading)[0]
+        yield
     finally:
         driver.cuThreadExchangeStreamCaptureMode(mode)
 

@@ -6,16 +6,16 @@ and consumers, turns, and the overlap of products and softmax. What is our own i
 
 from __future__ import annotations
 
-import ctypes
-import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from strobe.attention import dense
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed, Paged
+from strobe.attention.plan import Run
+from strobe.attention.prefill.cuda_hopper_launch import ROWS, Launch, Maps, Params, readable
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed
 from strobe.cuda import jit
 
 IDEA = (
@@ -24,9 +24,6 @@ IDEA = (
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
-_FAR = 1 << 30
-_LOG2E = math.log2(math.e)
-_ROWS = 64
 _STAGES = 2
 _BARRIERS_BYTES = 2048
 _SECTION_BYTES = 32 << 20
@@ -43,7 +40,7 @@ class Tiling:
 
     @property
     def queries(self) -> int:
-        return _ROWS * self.consumers
+        return ROWS * self.consumers
 
     @property
     def threads(self) -> int:
@@ -102,21 +99,6 @@ def refusals(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-class _Params(ctypes.Structure):
-    """`Params` of cuda_hopper.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "lse", "sinks", "cu_seqlens_q", "cu_seqlens_kv")),
-        *((name, ctypes.c_void_p) for name in ("seq_lens", "page_table", "next_tile")),
-        *((f"out_{name}_stride", ctypes.c_longlong) for name in ("batch", "row", "head")),
-        *((f"lse_{name}_stride", ctypes.c_longlong) for name in ("batch", "head")),
-        *((name, ctypes.c_int) for name in ("q_tiles", "heads", "section")),
-        *((name, ctypes.c_int) for name in ("q_heads", "group", "q_len", "kv_len", "pages_per_row")),
-        *((name, ctypes.c_int) for name in ("left", "right", "zero")),
-        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_scale")),
-    ]
-
-
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -126,24 +108,87 @@ def run(
     lse: torch.Tensor | None,
     tiling: Tiling | None = None,
 ) -> None:
-    tiling = tiling or choose_tiling(problem)
-    device = q.get_device()
-    attend = jit.kernel(_SOURCE, "attend", defines(problem, tiling), device)
-    box = min(tiling.keys, problem.page_size or tiling.keys)
-    q, q_map = _mapped(q, _ROWS, True)
-    k, k_map = _mapped(k, box, not problem.paged) if k.numel() else (k, q_map)
-    v, v_map = _mapped(v, box, not problem.paged) if v.numel() else (v, q_map)
+    q, k, v = (x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     room = dense.aligned(out)
-    sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
-    params = _params(problem, tiling, room, lse, sinks)
-    attend(
-        grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
-        block=tiling.threads,
-        args=[q_map, k_map, v_map, params],
-        shared_bytes=tiling.shared_bytes(problem.head_dim),
-    )
+    lse_strides = (0, 0) if lse is None else lse.stride()
+    launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tiling or choose_tiling(problem))
+    launch(*_addresses(q, k, v, room, lse))
     if room is not out:
         out.copy_(room)
+
+
+def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Run:
+    """`run` of this problem for tensors like these, packed once (about 3 µs of host time a call for 20)."""
+    anew = partial(run, problem)
+    if not all(readable(x) for x in (q, k, v)):
+        return anew
+    out_strides, lse_strides = _contiguous(problem, q)
+    launch, held = _packed(problem, q, k, v, out_strides, lse_strides, choose_tiling(problem))
+    if held:  # copies of what the caller may rewrite
+        return anew
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        addresses = _addresses(q, k, v, out, lse)
+        if (addresses[0] | addresses[1] | addresses[2]) % 16:
+            anew(q, k, v, out, lse)
+        else:
+            launch(*addresses)
+
+    return call
+
+
+def _contiguous(problem: AttentionProblem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The strides of a contiguous out and lse."""
+    length, heads, dim = q.shape[-3:]
+    row = heads * dim
+    if problem.packed_q:
+        return (row, dim, 1), (length, 1)
+    return (length * row, row, dim, 1), (heads * length, length, 1)
+
+
+def _packed(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_strides: tuple[int, ...],
+    lse_strides: tuple[int, ...],
+    tiling: Tiling,
+) -> tuple[Launch, list[torch.Tensor]]:
+    """The launch, and copies that it reads of the problem's own tensors: to live until it is queued."""
+    device = q.get_device()
+    box = min(tiling.keys, problem.page_size or tiling.keys)
+    whole = not problem.paged
+    queries = Maps(q, ROWS, True)
+    maps = (queries, Maps(k, box, whole), Maps(v, box, whole)) if k.numel() else (queries,) * 3
+    params = Params.of(problem, tiling.queries, _section(problem))
+    params.lay_out(out_strides, lse_strides)
+    held = params.attach(problem)
+    launch = Launch(
+        jit.kernel(_SOURCE, "attend", defines(problem, tiling), device),
+        params,
+        maps,
+        grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
+        block=tiling.threads,
+        shared_bytes=tiling.shared_bytes(problem.head_dim),
+    )
+    return launch, held
+
+
+def _addresses(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """Where they stand; q's for keys where there are none (their map is never read), 0 for no lse."""
+    q_at = q.data_ptr()
+    return (
+        q_at,
+        k.data_ptr() or q_at,
+        v.data_ptr() or q_at,
+        out.data_ptr(),
+        lse.data_ptr() if lse is not None else 0,
+    )
 
 
 def defines(problem: AttentionProblem, tiling: Tiling) -> dict[str, jit.Define]:
@@ -178,114 +223,12 @@ def sources(arch: str) -> list[jit.Source]:
     ]
 
 
-def _params(
-    problem: AttentionProblem,
-    tiling: Tiling,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-) -> _Params:
-    layout = problem.layout
-    scale = problem.scale or 0.0
-    left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
-    params = _Params(
-        out=out.data_ptr(),
-        next_tile=_next_tile(out.get_device()),
-        q_tiles=-(-problem.q_len // tiling.queries),
-        heads=problem.batch * problem.q_heads,
-        section=_section(problem),
-        q_heads=problem.q_heads,
-        group=problem.group,
-        q_len=problem.q_len,
-        kv_len=problem.kv_len,
-        left=left,
-        right=right,
-        scale_log2=(problem.softcap or scale) * _LOG2E,
-        softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
-    )
-    *batch_stride, params.out_row_stride, params.out_head_stride, _ = out.stride()
-    params.out_batch_stride = sum(batch_stride)  # none where q is packed
-    if lse is not None:
-        params.lse = lse.data_ptr()
-        *batch_stride, params.lse_head_stride, _ = lse.stride()
-        params.lse_batch_stride = sum(batch_stride)
-    if sinks is not None:
-        params.sinks = sinks.data_ptr()
-    if isinstance(layout, Packed):
-        params.cu_seqlens_q = _entries(layout.cu_seqlens_q).data_ptr()
-        params.cu_seqlens_kv = _entries(layout.cu_seqlens_kv).data_ptr()
-    elif isinstance(layout, Paged):
-        table = _entries(layout.page_table)
-        params.page_table, params.pages_per_row = table.data_ptr(), table.stride(0)
-        params.seq_lens = _entries(layout.seq_lens).data_ptr()
-        if layout.cu_seqlens_q is not None:
-            params.cu_seqlens_q = _entries(layout.cu_seqlens_q).data_ptr()
-    return params
-
-
-def _entries(indices: torch.Tensor) -> torch.Tensor:
-    """With a row's entries side by side. A copy is freed in stream order, so after the launch."""
-    return indices if indices.stride(-1) == 1 else indices.contiguous()
-
-
 def _section(problem: AttentionProblem) -> int:
     """Query heads whose tiles are mixed, longest first: as many as fit L2, where tiles differ in length."""
     if not problem.masked:
         return problem.group
     key_heads = _SECTION_BYTES // (4 * problem.head_dim * max(1, problem.kv_len))
     return min(problem.batch * problem.q_heads, problem.group * max(1, key_heads))
-
-
-def _mapped(tensor: torch.Tensor, rows: int, whole: bool) -> tuple[torch.Tensor, jit.TensorMap]:
-    """The tensor and its map, or where the copy engine cannot read it, a copy's."""
-    while (
-        found := _tensor_map(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), rows, whole)
-    ) is None:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor, found
-
-
-@lru_cache(maxsize=4096)
-def _tensor_map(
-    pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, whole: bool
-) -> jit.TensorMap | None:
-    """Boxes of `rows` rows of one head of `[batch or page, row, head, dim]` or packed `[row, head, dim]`:
-    `whole` rows, as panels of 64 columns (32 where 64 does not divide head_dim) one after the other, or
-    one panel. A row of a panel is what the copy engine swizzles.
-
-    None where the engine cannot read the tensor: rows off 16 bytes, or a dimension expanded.
-    """
-    head_dim = shape[-1]
-    panel = 32 if head_dim % 64 else 64
-    batch, length, heads, _ = (1,) * (4 - len(shape)) + tuple(shape)
-    batch_stride, row_stride, head_stride, _ = (0,) * (4 - len(shape)) + tuple(strides)
-    sizes = (panel, length, head_dim // panel, heads, batch)
-    elements_apart = (row_stride, panel, head_stride, batch_stride)
-    # The driver checks the stride even of a dimension of one element.
-    apart = [2 * n if size > 1 else 16 for size, n in zip(sizes[1:], elements_apart, strict=True)]
-    if pointer % 16 or any(n % 16 or n == 0 for n in apart):
-        return None
-    box = (panel, rows, head_dim // panel if whole else 1, 1, 1)
-    name = str(dtype).removeprefix("torch.")
-    return jit.tensor_map(pointer, name, sizes, tuple(apart), box, swizzle=2 * panel)
-
-
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _next_tile(device: int) -> int:
-    """Address of a zeroed int32 from which a launch draws its tiles; the launch leaves it zeroed.
-
-    Launches of one stream share theirs, since they follow one another. A captured launch may be
-    replayed beside any stream, so it has its own, zeroed in the graph.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device).data_ptr()
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    counter = _counters.get(key)
-    if counter is None:
-        counter = _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return counter.data_ptr()
 
 
 @cache

@@ -1,0 +1,212 @@
+"""How cuda_hopper.cu is launched: its parameters, its tensor maps, the counters that tiles are drawn from."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from threading import Lock
+from typing import Any
+
+import torch
+
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
+from strobe.cuda import jit
+from strobe.cuda.launch import relaxed_capture
+
+ROWS = 64
+"""Queries of a consumer."""
+_FAR = 1 << 30
+_LOG2E = math.log2(math.e)
+
+
+class Params(ctypes.Structure):
+    """`Params` of cuda_hopper.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "sinks", "cu_seqlens_q", "cu_seqlens_kv")),
+        *((name, ctypes.c_void_p) for name in ("seq_lens", "page_table", "next_tile")),
+        *((f"out_{name}_stride", ctypes.c_longlong) for name in ("batch", "row", "head")),
+        *((f"lse_{name}_stride", ctypes.c_longlong) for name in ("batch", "head")),
+        *((name, ctypes.c_int) for name in ("q_tiles", "heads", "section")),
+        *((name, ctypes.c_int) for name in ("q_heads", "group", "q_len", "kv_len", "pages_per_row")),
+        *((name, ctypes.c_int) for name in ("left", "right", "zero")),
+        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_scale")),
+    ]
+
+    @classmethod
+    def of(cls, problem: AttentionProblem, q_tile: int, section: int) -> Params:
+        """What the problem decides; addresses and strides are still to come."""
+        scale = problem.scale or 0.0
+        left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
+        return cls(
+            q_tiles=-(-problem.q_len // q_tile),
+            heads=problem.batch * problem.q_heads,
+            section=section,
+            q_heads=problem.q_heads,
+            group=problem.group,
+            q_len=problem.q_len,
+            kv_len=problem.kv_len,
+            left=left,
+            right=right,
+            scale_log2=(problem.softcap or scale) * _LOG2E,
+            softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
+        )
+
+    def lay_out(self, out: tuple[int, ...], lse: tuple[int, ...]) -> None:
+        """Strides of out `[batch, row, head, dim]` and lse `[batch, head, row]`; packed: no batch."""
+        *batch, self.out_row_stride, self.out_head_stride, _ = out
+        self.out_batch_stride = sum(batch)
+        *batch, self.lse_head_stride, _ = lse
+        self.lse_batch_stride = sum(batch)
+
+    def attach(self, problem: AttentionProblem) -> list[torch.Tensor]:
+        """Take the addresses of sinks and of the layout's tensors; returns the copies that this took."""
+        wanted: dict[str, Any] = {}
+        layout = problem.layout
+        if problem.sinks is not None:
+            wanted["sinks"] = problem.sinks
+        if isinstance(layout, Packed):
+            wanted |= {"cu_seqlens_q": layout.cu_seqlens_q, "cu_seqlens_kv": layout.cu_seqlens_kv}
+        elif isinstance(layout, Paged):
+            wanted |= {"page_table": layout.page_table, "seq_lens": layout.seq_lens}
+            if layout.cu_seqlens_q is not None:
+                wanted["cu_seqlens_q"] = layout.cu_seqlens_q
+        copies = []
+        for name, tensor in wanted.items():
+            right = tensor.float() if name == "sinks" else tensor
+            right = right if right.stride(-1) == 1 else right.contiguous()
+            setattr(self, name, right.data_ptr())
+            if name == "page_table":
+                self.pages_per_row = right.stride(0)
+            if right is not tensor:
+                copies.append(right)
+        return copies
+
+
+class Launch:
+    """One problem's launch for tensors of given shapes and strides; each call says where they are.
+
+    `maps` are of q, k and v; `kernel` takes them and `params`.
+    """
+
+    def __init__(
+        self, kernel: jit.Kernel, params: Params, maps: tuple[Maps, Maps, Maps], **shape: Any
+    ) -> None:
+        self._params, self._device = params, kernel.device
+        self._q, self._k, self._v = maps
+        unset = jit.TensorMap()
+        self._launch = kernel.prepare(args=[unset, unset, unset, params], **shape)
+        self._lock = Lock()
+
+    def __call__(self, q: int, k: int, v: int, out: int, lse: int) -> None:
+        """Launch on torch's current stream. Addresses; lse 0 for none."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        with self._lock:
+            params, launch = self._params, self._launch
+            launch.point(0, self._q.at(q))
+            launch.point(1, self._k.at(k))
+            launch.point(2, self._v.at(v))
+            params.out, params.lse, params.next_tile = out, lse, next_tile(self._device, stream)
+            launch(stream)
+
+
+class Maps:
+    """Tensor maps of tensors that differ in nothing but their address.
+
+    Boxes of `rows` rows of one head of `[batch or page, row, head, dim]` or packed `[row, head, dim]`:
+    `whole` rows, as panels of 64 columns (32 where 64 does not divide head_dim) one after the other, or
+    one panel. A row of a panel is what the copy engine swizzles.
+    """
+
+    MOST = 256
+
+    def __init__(self, tensor: torch.Tensor, rows: int, whole: bool) -> None:
+        head_dim = tensor.shape[-1]
+        panel = 32 if head_dim % 64 else 64
+        sizes, apart = _dimensions(tensor, panel)
+        self._arguments = (
+            str(tensor.dtype).removeprefix("torch."),
+            sizes,
+            apart,
+            (panel, rows, head_dim // panel if whole else 1, 1, 1),
+        )
+        self._swizzle = 2 * panel
+        self._made: dict[int, tuple[int, jit.TensorMap]] = {}
+
+    def at(self, address: int) -> int:
+        """Where the map of the tensor at `address` stands; good until the next call."""
+        made = self._made.get(address)
+        if made is None:
+            if len(self._made) >= self.MOST:
+                self._made.clear()
+            new = jit.tensor_map(address, *self._arguments, swizzle=self._swizzle)
+            made = self._made[address] = ctypes.addressof(new), new
+        return made[0]
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine can read it: rows on 16 bytes, no dimension expanded."""
+    apart = _dimensions(tensor, 32 if tensor.shape[-1] % 64 else 64)[1]
+    return not tensor.data_ptr() % 16 and all(n and not n % 16 for n in apart)
+
+
+def _dimensions(tensor: torch.Tensor, panel: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes in elements, and how far apart in bytes: within a panel, rows, panels, heads, batch."""
+    missing = 4 - tensor.dim()
+    batch, length, heads, head_dim = (1,) * missing + tuple(tensor.shape)
+    batch_stride, row_stride, head_stride, _ = (0,) * missing + tensor.stride()
+    sizes = (panel, length, head_dim // panel, heads, batch)
+    elements = (row_stride, panel, head_stride, batch_stride)
+    # The driver checks the stride even of a dimension of one element.
+    apart = tuple(2 * n if size > 1 else 16 for size, n in zip(sizes[1:], elements, strict=True))
+    return sizes, apart
+
+
+class Counters:
+    """A device's zeroed int32s. A launch draws its tiles from one, and leaves it zeroed.
+
+    Launches of one stream share theirs, since they follow one another. A captured launch may be
+    replayed beside any stream, so it has one for itself, which is never given back.
+    """
+
+    COUNT, BYTES_APART = 4096, 32
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._of_stream: dict[int, int] = {}
+        self._slabs: list[torch.Tensor] = []
+        self._free: list[int] = []
+
+    def of_stream(self, stream: int) -> int:
+        """The address of the counter of a stream that is not being captured."""
+        found = self._of_stream.get(stream)
+        if found is None:
+            if len(self._free) < self.COUNT // 2:
+                self._add()
+            found = self._of_stream[stream] = self._free.pop()
+        return found
+
+    def captured(self) -> int:
+        """The address of a counter that no other launch has; zeroed in the graph where none is left."""
+        return self._free.pop() if self._free else self._zeros(1).data_ptr()
+
+    def _add(self) -> None:
+        slab = self._zeros(self.COUNT)
+        with relaxed_capture():  # of other streams
+            torch.cuda.current_stream(self._device).synchronize()
+        self._slabs.append(slab)
+        self._free += range(slab.data_ptr(), slab.data_ptr() + slab.nbytes, self.BYTES_APART)
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, self.BYTES_APART // 4, dtype=torch.int32, device=f"cuda:{self._device}")
+
+
+def next_tile(device: int, stream: int) -> int:
+    """The address of the counter for a launch on this stream, torch's current one."""
+    counters = _counters.get(device)
+    if counters is None:
+        counters = _counters.setdefault(device, Counters(device))
+    return counters.captured() if torch._C._cuda_isCurrentStreamCapturing() else counters.of_stream(stream)
+
+
+_counters: dict[int, Counters] = {}

@@ -1,0 +1,167 @@
+"""What the Hopper rung's prepared launches hand to the driver, written down by a kernel that does no more."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+from strobe.attention.inputs import describe
+from strobe.attention.prefill import cuda_hopper
+from strobe.attention.prefill import cuda_hopper_launch as launching
+from strobe.attention.problem import Options, Paged
+from strobe.cuda import jit
+
+
+class Recorder:
+    """Stands for a Kernel and for its Launch: keeps each launch's map addresses and a copy of its params."""
+
+    device = 0
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[list[int], launching.Params]] = []
+        self.prepared = 0
+
+    def prepare(self, args: list[Any], **shape: Any) -> Recorder:
+        self._maps, self._params = [0, 0, 0], args[3]
+        self.prepared += 1
+        return self
+
+    def point(self, argument: int, address: int) -> None:
+        self._maps[argument] = address
+
+    def __call__(self, stream: int) -> None:
+        self.launches.append((list(self._maps), launching.Params.from_buffer_copy(self._params)))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    found = Recorder()
+    monkeypatch.setattr(jit, "kernel", lambda *_: found)
+    monkeypatch.setattr(cuda_hopper, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launching, "next_tile", lambda *_: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    return found
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Where each tensor map stands, by the address it was made for."""
+    made: dict[int, int] = {}
+    kept = []
+
+    def tensor_map(address: int, *_: Any, **__: Any) -> jit.TensorMap:
+        assert address not in made, "encoded twice"
+        kept.append(jit.TensorMap())
+        made[address] = ctypes.addressof(kept[-1])
+        return kept[-1]
+
+    monkeypatch.setattr(jit, "tensor_map", tensor_map)
+    return made
+
+
+def qkv(kv_len: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.randn(2, 30, 4, 64).bfloat16()
+    k, v = torch.randn(2, 2, kv_len, 2, 64).bfloat16()
+    return q, k, v
+
+
+def test_maps_are_encoded_for_new_addresses_only(recorder: Recorder, encoded: dict[int, int]) -> None:
+    layers = [qkv() for _ in range(3)]
+    problem = describe(*layers[0], Options(causal=True, return_lse=True))
+    call = cuda_hopper.prepare(problem, *layers[0])
+    out, lse = torch.empty_like(layers[0][0]), torch.empty(2, 4, 30)
+    for _ in range(4):
+        for q, k, v in layers:
+            call(q, k, v, out, lse)
+            maps, params = recorder.launches[-1]
+            assert maps == [encoded[x.data_ptr()] for x in (q, k, v)]
+            assert (params.out, params.lse) == (out.data_ptr(), lse.data_ptr())
+            strides = params.out_batch_stride, params.out_row_stride, params.out_head_stride
+            assert strides == out.stride()[:3]
+            assert (params.lse_batch_stride, params.lse_head_stride) == lse.stride()[:2]
+    assert recorder.prepared == 1
+    call(*layers[0], out, None)
+    assert recorder.launches[-1][1].lse is None
+
+
+def test_what_is_prepared_is_what_runs(recorder: Recorder, encoded: dict[int, int]) -> None:
+    """`prepare` guesses the strides of out and lse; `run` reads them."""
+    sums = torch.tensor([0, 3, 30], dtype=torch.int32)
+    pages = Paged(torch.zeros(2, 1, dtype=torch.int32), torch.tensor([5, 40], dtype=torch.int32), sums)
+    q, k, v = qkv()
+    packed_lse = torch.empty(4, 30)
+    for tensors, options, lse in (
+        ((q, k, v), Options(), torch.empty(2, 4, 30)),
+        ((q[0], k, v), Options(layout=pages), packed_lse),
+    ):
+        problem, out = describe(*tensors, options), torch.empty_like(tensors[0])
+        cuda_hopper.prepare(problem, *tensors)(*tensors, out, lse)
+        encoded.clear()
+        cuda_hopper.run(problem, *tensors, out, lse)
+        encoded.clear()
+        prepared, ran = (bytes(params) for _, params in recorder.launches[-2:])
+        assert prepared == ran
+
+
+def test_an_address_off_sixteen_bytes_is_copied(recorder: Recorder, encoded: dict[int, int]) -> None:
+    q, k, v = qkv()
+    call = cuda_hopper.prepare(describe(q, k, v, Options()), q, k, v)
+    store = torch.empty(k.numel() + 1, dtype=k.dtype)
+    off = store[1:].view_as(k)
+    assert off.data_ptr() % 16
+    call(q, off, v, torch.empty_like(q), None)
+    assert off.data_ptr() not in encoded
+    assert recorder.launches
+
+
+def test_no_keys_need_no_map_of_their_own(recorder: Recorder, encoded: dict[int, int]) -> None:
+    q, k, v = qkv(kv_len=0)
+    cuda_hopper.prepare(describe(q, k, v, Options()), q, k, v)(q, k, v, torch.empty_like(q), None)
+    assert list(encoded) == [q.data_ptr()]
+
+
+def test_tables_that_must_be_copied_are_copied_each_time(recorder: Recorder, encoded: dict[int, int]) -> None:
+    q, k, v = qkv()
+    table = torch.zeros(2, 3, dtype=torch.int32)[:, ::2]
+    lens = torch.tensor([5, 40], dtype=torch.int32)
+    problem = describe(q, k, v, Options(layout=Paged(table, lens)))
+    call = cuda_hopper.prepare(problem, q, k, v)
+    for _ in range(2):
+        before = recorder.prepared
+        call(q, k, v, torch.empty_like(q), None)
+        encoded.clear()
+        assert recorder.prepared == before + 1
+        assert recorder.launches[-1][1].page_table != table.data_ptr()
+
+
+class TestCounters:
+    @pytest.fixture
+    def counters(self, monkeypatch: pytest.MonkeyPatch) -> launching.Counters:
+        def zeros(self: launching.Counters, count: int) -> torch.Tensor:
+            return torch.zeros(count, self.BYTES_APART // 4, dtype=torch.int32)
+
+        def add(self: launching.Counters) -> None:
+            self._slabs.append(self._zeros(self.COUNT))
+            start, size = self._slabs[-1].data_ptr(), self._slabs[-1].nbytes
+            self._free += range(start, start + size, self.BYTES_APART)
+
+        monkeypatch.setattr(launching.Counters, "COUNT", 8)
+        monkeypatch.setattr(launching.Counters, "_zeros", zeros)
+        monkeypatch.setattr(launching.Counters, "_add", add)
+        return launching.Counters(0)
+
+    def test_a_stream_keeps_its_own(self, counters: launching.Counters) -> None:
+        found = {stream: counters.of_stream(stream) for stream in range(20)}
+        assert len(set(found.values())) == 20
+        assert all(counters.of_stream(stream) == address for stream, address in found.items())
+
+    def test_captured_launches_share_with_nobody(self, counters: launching.Counters) -> None:
+        eager = counters.of_stream(0)
+        taken = [counters.captured() for _ in range(7)]
+        assert len({eager, *taken}) == 8
+        assert not counters._free
+        counters.captured()  # zeroed in the graph
+        assert not counters._free

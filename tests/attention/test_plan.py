@@ -1,0 +1,122 @@
+"""Calls that are alike share a plan; calls that are not never do."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from strobe.attention import Dense, Packed, Paged, plan
+from strobe.attention.api import attention
+from strobe.attention.problem import Options
+from strobe.errors import ProblemError
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """The options of every call that was described, not found."""
+    seen: list[Options] = []
+    real = plan.describe
+
+    def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Any:
+        seen.append(options)
+        return real(q, k, v, options)
+
+    monkeypatch.setattr(plan, "describe", describe)
+    monkeypatch.setattr(plan, "_dense", {})
+    return seen
+
+
+def qkv(length: int = 9, heads: int = 4) -> list[torch.Tensor]:
+    return [torch.randn(2, length, n, 16) for n in (heads, 2, 2)]
+
+
+def test_calls_that_are_alike_are_described_once(described: list[Options]) -> None:
+    for layout in (None, Dense(), Dense()):
+        for _ in range(3):
+            attention(*qkv(), causal=True, layout=layout)
+    assert len(described) == 1
+
+
+def test_unlike_calls_have_plans_of_their_own(described: list[Options]) -> None:
+    q, k, v = qkv()
+    calls: list[dict[str, Any]] = [
+        {},
+        {"causal": True},
+        {"window": (3, 0)},
+        {"scale": 0.3},
+        {"softcap": 2.0},
+        {"sinks": torch.randn(4)},
+        {"sinks": torch.randn(4)},
+        {"return_lse": True},
+        {"kernel": "torch_naive"},
+    ]
+    for turn in range(2):
+        for options in calls:
+            attention(q, k, v, **options)
+        attention(q[:, 1:], k, v)
+        attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+        attention(q.double(), k.double(), v.double())
+        assert len(described) == len(calls) + 3, turn
+
+
+def test_answers_do_not_depend_on_what_was_planned_before(described: list[Options]) -> None:
+    """Shapes, strides, masks and addresses in random order, twice: the second time all plans are found."""
+    calls = []
+    for _ in range(20):
+        q, k, v = qkv(random.randint(1, 12), random.choice([2, 4]))
+        if random.random() < 0.5:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        calls.append((q, k, v, {"causal": random.random() < 0.5, "window": (random.randint(-1, 5), -1)}))
+    first = [attention(q, k, v, **options) for q, k, v, options in calls]
+    made = len(described)
+    for (q, k, v, options), expected in zip(calls, first, strict=True):
+        assert torch.equal(attention(q, k, v, **options), expected)
+        by_formula = attention(q, k, v, kernel="textbook", **options)
+        torch.testing.assert_close(expected, by_formula, atol=1e-5, rtol=1e-5)
+    assert len(described) - made <= made  # the textbook's own
+
+
+def test_a_layouts_plans_live_with_it(described: list[Options]) -> None:
+    q, k, v = qkv(1)
+    table, lens = torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32)
+    sums = torch.tensor([0, 2], dtype=torch.int32)
+    for layout, tensors in (
+        (Paged(table, lens), (q, k, v)),
+        (Packed(sums, sums), (q[:, 0], k[:, 0], v[:, 0])),
+    ):
+        before = len(described)
+        for _ in range(3):
+            attention(*tensors, layout=layout)
+        assert len(described) == before + 1
+    attention(q, k, v, layout=Paged(table, lens))
+    assert len(described) == 3
+    assert not plan._dense
+
+
+def test_a_bias_is_not_kept(described: list[Options]) -> None:
+    q, k, v = qkv()
+    bias = torch.zeros(9, 9)
+    free = attention(q, k, v, bias=bias)
+    bias.fill_(float("-inf")).fill_diagonal_(0)
+    assert not torch.equal(attention(q, k, v, bias=bias), free)
+    assert not plan._dense
+
+
+def test_plans_are_bounded(described: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MOST", 5)
+    for length in range(1, 20):
+        attention(*qkv(length))
+        assert len(plan._dense) <= 5
+
+
+def test_what_is_refused_stays_refused(described: list[Options]) -> None:
+    q, k, v = qkv()
+    for _ in range(2):
+        with pytest.raises(ProblemError, match=r"softcap -1\.0"):
+            attention(q, k, v, softcap=-1.0)
+        with pytest.raises(ProblemError, match="window"):
+            attention(q, k, v, window=[0, 0])  # type: ignore[arg-type]
+    assert not plan._dense
