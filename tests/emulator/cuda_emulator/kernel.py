@@ -1,0 +1,157 @@
+"""Stand-ins for what `strobe.cuda.jit` gives: `kernel`, Kernel and Launch of the same signatures."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cuda_emulator import build
+from strobe.cuda.launch import Dim, _argument, _dim3
+from strobe.cuda.nvrtc import Define
+
+
+class EmulationError(Exception):
+    """A kernel did what it must not: the message says what, which thread, and where in the sources."""
+
+
+class Buffers:
+    """The memory that kernels may touch: every tensor whose address was asked for."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[int, int], Any] = {}
+
+    def add(self, tensor: Any) -> None:
+        """Remember a tensor's extent, and keep it: its memory is not another's while kernels run."""
+        if not tensor.numel():
+            return
+        span = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        begin = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
+        self._tensors[begin, begin + span * tensor.element_size()] = tensor
+
+    def merged(self) -> list[tuple[int, int]]:
+        """In ascending order; those that overlap or touch are one."""
+        found: list[tuple[int, int]] = []
+        for begin, end in sorted(self._tensors):
+            if found and begin <= found[-1][1]:
+                found[-1] = (found[-1][0], max(end, found[-1][1]))
+            else:
+                found.append((begin, end))
+        return found
+
+
+buffers = Buffers()
+
+
+class _Launch(ctypes.Structure):
+    """`Launch` of runtime.cpp."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared_bytes", ctypes.c_uint32),
+        ("arguments_count", ctypes.c_int32),
+        ("buffers_count", ctypes.c_int32),
+        ("arguments", ctypes.c_void_p),
+        ("argument_sizes", ctypes.c_void_p),
+        ("buffers", ctypes.c_void_p),
+    ]
+
+
+class Launch:
+    """As strobe.cuda.launch.Launch: packed once, run at each call."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: Dim,
+        block: Dim,
+        args: ctypes.Structure | Sequence[Any],
+        *,
+        shared_bytes: int = 0,
+        cluster: Dim | None = None,
+        programmatic: bool = False,
+        cooperative: bool = False,
+    ) -> None:
+        self.kernel, self.grid, self.block = kernel, _dim3(grid), _dim3(block)
+        self.shared_bytes = shared_bytes
+        self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
+
+    def __call__(self, stream: int | None = None) -> None:
+        """Run every block to its end.
+
+        Raises:
+            EmulationError: an access out of bounds, a deadlock, a divergent barrier, ...
+        """
+        count, ranges = len(self.args), buffers.merged()
+        addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, self.args))
+        sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, self.args))
+        pairs = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for pair in ranges for edge in pair))
+        launch = _Launch(
+            (ctypes.c_uint32 * 3)(*_dim3(self.grid)), (ctypes.c_uint32 * 3)(*self.block), self.shared_bytes,
+            count, len(ranges), *map(ctypes.addressof, (addresses, sizes, pairs)),
+        )  # fmt: skip
+        self.kernel.run(launch)
+
+
+class Kernel:
+    """As strobe.cuda.launch.Kernel: a kernel of a source, ready to launch."""
+
+    max_shared_bytes = 227 * 1024
+
+    def __init__(self, built: Path, entry: str) -> None:
+        self.name, self._built = entry, built
+        library = _load(built)
+        self._entry = ctypes.addressof(ctypes.c_char.in_dll(library, f"emulated_{entry}"))
+        self._emulate = library.emulate
+        self._emulate.restype = ctypes.c_char_p
+        self._emulate.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def __call__(
+        self,
+        grid: Dim,
+        block: Dim,
+        args: ctypes.Structure | Sequence[Any],
+        *,
+        stream: int | None = None,
+        **options: Any,
+    ) -> None:
+        Launch(self, grid, block, args, **options)(stream)
+
+    def prepare(
+        self, grid: Dim, block: Dim, args: ctypes.Structure | Sequence[Any], **options: Any
+    ) -> Launch:
+        return Launch(self, grid, block, args, **options)
+
+    def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
+        return max(1, min(2048 // threads, (self.max_shared_bytes + 1024) // (shared_bytes + 1024)))
+
+    def run(self, launch: _Launch) -> None:
+        failed = self._emulate(self._entry, ctypes.addressof(launch))
+        if failed:
+            message = re.sub(
+                r"@([0-9a-f]+)", lambda at: build.source_line(self._built, int(at[1], 16)), failed.decode()
+            )
+            raise EmulationError(message)
+
+
+@cache
+def _load(built: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(built))
+
+
+def kernel(
+    source: Path, entry: str, defines: Mapping[str, Define] | None = None, device: int | None = None
+) -> Kernel:
+    """As `jit.kernel`."""
+    return _kernel(source, entry, tuple(sorted((defines or {}).items())))
+
+
+@cache
+def _kernel(source: Path, entry: str, defines: tuple[tuple[str, Define], ...]) -> Kernel:
+    return Kernel(build.library(source, dict(defines)), entry)

@@ -1,0 +1,467 @@
+// Threads of a block as fibers, their meetings, and every access to memory they make (__init__.py).
+#include "runtime.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+emulator::Dim threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+namespace {
+
+constexpr size_t STACK_BYTES = 128 << 10;
+constexpr size_t SHARED_BYTES = 227 << 10;  // that a block may take, static and dynamic together
+constexpr int BARRIERS = 16;
+
+enum class State { READY, LOOKS, IN_WARP, IN_BLOCK, ENDED };
+
+struct Thread {
+  jmp_buf context;
+  Dim index;
+  int number;
+  char* stack;
+  bool started = false;
+  State state = State::READY;
+  Where where;  // it waits
+  unsigned mask = 0;
+  void* operand = nullptr;
+  const void* seen_at = nullptr;  // by its last look at memory
+  unsigned char seen[16];
+};
+
+struct Barrier {
+  int come = 0, threads = 0;
+  std::vector<Thread*> waiting;
+};
+
+struct Block {
+  Dim index;
+  std::vector<Thread> threads;
+  std::deque<Thread*> ready;
+  std::vector<unsigned> waiting_lanes;  // of each warp
+  Barrier barriers[BARRIERS];
+  std::vector<unsigned char> shared;  // while another block runs
+  char* stacks;
+  int running;      // threads that have not ended
+  size_t fruitless = 0;  // looks since something last happened
+  size_t events = 0;
+};
+
+struct Buffer {
+  uintptr_t begin, end;
+};
+
+extern "C" {
+struct Launch {  // as kernel.py has it
+  Dim grid, block;
+  uint32_t shared_bytes;
+  int32_t arguments_count, buffers_count;
+  void** arguments;
+  const size_t* argument_sizes;
+  const Buffer* buffers;  // in ascending order
+};
+}
+
+// One section is a block's shared memory: first (the runtime is linked first) the dynamic, then the static variables.
+__attribute__((section("shared_memory"), aligned(1024))) unsigned char dynamic[SHARED_BYTES + 1024];
+extern "C" unsigned char __start_shared_memory[], __stop_shared_memory[];
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;  // of this library
+
+const Kernel* kernel;
+const Launch* launch;
+Block* block;
+Thread* self;
+Block* loaded;  // whose shared memory stands in the section
+jmp_buf scheduler;
+std::string failure;
+std::vector<char*> spare_stacks;
+
+size_t dynamic_offset = 0;
+
+// --- threads -----------------------------------------------------------------------------------------
+
+void body();
+
+[[noreturn]] void resume_next() {
+  if (block->ready.empty() || block->fruitless > 2 * block->ready.size()) _longjmp(scheduler, 1);
+  self = block->ready.front();
+  block->ready.pop_front();
+  threadIdx = self->index;
+  self->state = State::READY;
+  if (self->started) _longjmp(self->context, 1);
+  self->started = true;
+  ucontext_t fresh;
+  getcontext(&fresh);
+  fresh.uc_stack = {self->stack, 0, STACK_BYTES};
+  fresh.uc_link = nullptr;
+  makecontext(&fresh, body, 0);
+  setcontext(&fresh);
+  __builtin_unreachable();
+}
+
+void happened() { block->fruitless = 0, ++block->events; }
+
+// The current thread cannot go on before it is put among the ready ones.
+void pause(State state, Where where) {
+  self->state = state, self->where = where;
+  if (!_setjmp(self->context)) resume_next();
+}
+
+void wake(Thread* thread) {
+  thread->state = State::READY;
+  block->ready.push_back(thread);
+}
+
+Thread* warp_of(int warp) { return &block->threads[warp * 32]; }
+int lanes_of(int warp) { return std::min<int>(32, block->threads.size() - warp * 32); }
+
+unsigned running_lanes(int warp) {
+  unsigned lanes = 0;
+  for (int i = 0; i < lanes_of(warp); ++i) lanes |= unsigned(warp_of(warp)[i].state != State::ENDED) << i;
+  return lanes;
+}
+
+const char* name_of(const Where& where) {
+  const char* slash = strrchr(where.file_name(), '/');
+  return slash ? slash + 1 : where.file_name();
+}
+
+bool same_place(const Where& a, const Where& b) {
+  return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
+}
+
+// Run the meeting of `mask` if all its lanes have come.
+bool complete_warp(int warp, unsigned mask, Act act, const Thread& last) {
+  const unsigned lanes = mask & running_lanes(warp);
+  if ((block->waiting_lanes[warp] & lanes) != lanes) return false;
+  void* operands[32] = {};
+  for (int i = 0; i < 32; ++i) {
+    if (!(lanes >> i & 1)) continue;
+    const Thread& other = warp_of(warp)[i];
+    if (other.mask != mask || !same_place(other.where, last.where))
+      fail(last.where, "divergent warp: lane %d is at %s:%d with mask %#x, lane %d at %s:%d with mask %#x",
+           last.number % 32, name_of(last.where), int(last.where.line()), mask, i, name_of(other.where),
+           int(other.where.line()), other.mask);
+    operands[i] = other.operand;
+  }
+  act(operands);
+  happened();
+  block->waiting_lanes[warp] &= ~lanes;
+  for (int i = 0; i < 32; ++i)
+    if ((lanes >> i & 1) && &warp_of(warp)[i] != self) wake(&warp_of(warp)[i]);
+  return true;
+}
+
+void release_if_complete(Barrier& barrier) {
+  const int threads = barrier.threads ? barrier.threads : block->running;
+  if (!barrier.come || barrier.come < threads) return;
+  happened();
+  barrier.come = 0;
+  for (Thread* each : barrier.waiting)
+    if (each != self) wake(each);
+  barrier.waiting.clear();
+}
+
+std::map<int, Act> acts_by_warp;  // of lanes that wait, for those that end meanwhile
+
+void body() {
+  kernel->call(launch->arguments);
+  self->state = State::ENDED;
+  --block->running;
+  happened();
+  release_if_complete(block->barriers[0]);
+  const int warp = self->number / 32;
+  if (const unsigned waiting = block->waiting_lanes[warp]) {
+    Thread& first = warp_of(warp)[__builtin_ctz(waiting)];
+    complete_warp(warp, first.mask, acts_by_warp[warp], first);
+  }
+  resume_next();
+}
+
+std::string text(const char* format, ...) {
+  char line[1024];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(line, sizeof line, format, values);
+  va_end(values);
+  return line;
+}
+
+std::string text(Dim at) { return text("(%u, %u, %u)", at.x, at.y, at.z); }
+
+[[noreturn]] void stop(const std::string& what) {
+  failure = what;
+  _longjmp(scheduler, 2);
+}
+
+std::string who() {
+  return text("%s, block %s, thread %s", kernel->name, text(block->index).c_str(), text(self->index).c_str());
+}
+
+// Where each warp stands.
+std::string stand(const Block& stuck) {
+  static const char* const NAMES[] = {"ready", "looking", "in a warp's meeting", "at a barrier", "ended"};
+  std::string report;
+  for (size_t first = 0; first < stuck.threads.size(); first += 32) {
+    std::map<std::string, unsigned> places;
+    for (size_t i = first; i < std::min(first + 32, stuck.threads.size()); ++i) {
+      const Thread& each = stuck.threads[i];
+      std::string place = NAMES[int(each.state)];
+      if (each.state != State::ENDED && each.started)
+        place += text(" (%s:%d)", name_of(each.where), int(each.where.line()));
+      places[place] |= 1u << i % 32;
+    }
+    report += text("\n  block %s, warp %d:", text(stuck.index).c_str(), int(first / 32));
+    for (const auto& [place, lanes] : places) report += text(" lanes %08x %s;", lanes, place.c_str());
+  }
+  return report;
+}
+
+// --- blocks ------------------------------------------------------------------------------------------
+
+size_t static_bytes() { return __stop_shared_memory - dynamic - sizeof dynamic; }
+
+std::unique_ptr<Block> start_block(unsigned number) {
+  auto fresh = std::make_unique<Block>();
+  const Dim grid = launch->grid, size = launch->block;
+  fresh->index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  fresh->running = size.x * size.y * size.z;
+  fresh->threads.resize(fresh->running);
+  fresh->waiting_lanes.resize((fresh->running + 31) / 32);
+  fresh->shared.assign(__stop_shared_memory - __start_shared_memory, 0xff);
+  if (spare_stacks.empty()) {
+    void* room = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) stop("no room for the threads' stacks");
+    spare_stacks.push_back(static_cast<char*>(room));
+  }
+  fresh->stacks = spare_stacks.back();
+  spare_stacks.pop_back();
+  for (int i = 0; i < fresh->running; ++i) {
+    Thread& each = fresh->threads[i];
+    each.number = i;
+    each.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    each.stack = fresh->stacks + i * STACK_BYTES;
+    fresh->ready.push_back(&each);
+  }
+  return fresh;
+}
+
+// Run a block until it ends or nothing more happens in it.
+void run(Block& next) {
+  if (loaded != &next) {
+    if (loaded) loaded->shared.assign(__start_shared_memory, __stop_shared_memory);
+    std::copy(next.shared.begin(), next.shared.end(), __start_shared_memory);
+    loaded = &next;
+  }
+  block = &next;
+  block->fruitless = 0;
+  blockIdx = block->index;
+  if (!_setjmp(scheduler)) resume_next();
+}
+
+// Blocks run in order, one at a time; where one waits for another, the next starts beside it.
+void run_grid() {
+  std::deque<std::unique_ptr<Block>> started;
+  const unsigned count = launch->grid.x * launch->grid.y * launch->grid.z;
+  for (unsigned coming = 0; coming < count || !started.empty();) {
+    size_t events = 0;
+    for (size_t i = 0; i < started.size() && failure.empty();) {
+      const size_t before = started[i]->events;
+      run(*started[i]);
+      events += started[i]->events - before;
+      if (started[i]->running) {
+        ++i;
+        continue;
+      }
+      loaded = nullptr;
+      spare_stacks.push_back(started[i]->stacks);
+      started.erase(started.begin() + i);
+    }
+    if (!failure.empty()) break;
+    if (events || (started.empty() && coming == count)) continue;
+    if (coming < count) {
+      started.push_back(start_block(coming++));
+      continue;
+    }
+    failure = text("%s: deadlock: every thread waits", kernel->name);
+    for (const auto& each : started) failure += stand(*each);
+    break;
+  }
+  for (const auto& each : started) spare_stacks.push_back(each->stacks);
+  loaded = nullptr;
+}
+
+// --- memory ------------------------------------------------------------------------------------------
+
+bool in_buffer(uintptr_t at, size_t bytes) {
+  const Buffer *first = launch->buffers, *last = first + launch->buffers_count;
+  const Buffer* behind = std::upper_bound(first, last, at, [](uintptr_t x, const Buffer& b) { return x < b.begin; });
+  return behind != first && at + bytes <= behind[-1].end;
+}
+
+// Why a thread may not touch this; empty where it may.
+std::string complaint(const void* address, size_t bytes) {
+  const uintptr_t at = uintptr_t(address);
+  if (at - uintptr_t(self->stack) < STACK_BYTES) return "";
+  if (at - uintptr_t(dynamic) < sizeof dynamic) {
+    const intptr_t offset = at - uintptr_t(dynamic) - dynamic_offset;
+    if (offset >= 0 && offset + bytes <= launch->shared_bytes) return "";
+    return text("offset %td of %u bytes of dynamic shared memory", offset, launch->shared_bytes);
+  }
+  if (at >= uintptr_t(&__ehdr_start) && at < uintptr_t(&_end)) return "";
+  if (in_buffer(at, bytes)) return "";
+  const Buffer* nearest = nullptr;
+  intptr_t distance = 0;
+  for (int i = 0; i < launch->buffers_count; ++i) {
+    const Buffer& each = launch->buffers[i];
+    const intptr_t off = at < each.begin ? intptr_t(at - each.begin) : intptr_t(at + bytes - each.end);
+    if (!nearest || std::abs(off) < std::abs(distance)) nearest = &each, distance = off;
+  }
+  if (!nearest) return text("%p, and the kernel was given no tensor", address);
+  return text("%p, %td bytes %s a tensor of %zu", address, std::abs(distance),
+              distance < 0 ? "before" : "past the end of", size_t(nearest->end - nearest->begin));
+}
+
+void access(const void* address, size_t bytes, bool aligned, bool write, void* from) {
+  if (!self) return;
+  if (uintptr_t(address) - uintptr_t(self->stack) < STACK_BYTES) return;
+  std::string wrong = complaint(address, bytes);
+  if (wrong.empty() && aligned && uintptr_t(address) % bytes) wrong = text("%p, which is not aligned", address);
+  if (!wrong.empty())
+    stop(text("%s at @%tx: %s %zu bytes at %s", who().c_str(), static_cast<char*>(from) - &__ehdr_start,
+              write ? "writes" : "reads", bytes, wrong.c_str()));
+}
+
+}  // namespace
+
+void meet_warp(unsigned mask, void* operand, Act act, Where where) {
+  const int warp = self->number / 32;
+  if (!(mask >> self->number % 32 & 1)) fail(where, "a lane that is not in its own mask %#x", mask);
+  self->mask = mask, self->operand = operand, self->where = where;
+  block->waiting_lanes[warp] |= 1u << self->number % 32;
+  acts_by_warp[warp] = act;
+  if (!complete_warp(warp, mask, act, *self)) pause(State::IN_WARP, where);
+}
+
+void meet_block(int number, int threads, bool wait, Where where) {
+  Barrier& barrier = block->barriers[number];
+  if (barrier.come && barrier.threads != threads)
+    fail(where, "barrier %d is for %d threads here, for %d elsewhere", number, threads, barrier.threads);
+  if (number == 0 && !barrier.waiting.empty() && !same_place(barrier.waiting[0]->where, where))
+    fail(where, "divergent barrier: thread %d waits at %s:%d", barrier.waiting[0]->number,
+         name_of(barrier.waiting[0]->where), int(barrier.waiting[0]->where.line()));
+  barrier.threads = threads;
+  ++barrier.come;
+  happened();
+  if (wait) {
+    self->where = where;
+    barrier.waiting.push_back(self);
+  }
+  const int awaited = threads ? threads : block->running;
+  if (barrier.come >= awaited) release_if_complete(barrier);
+  else if (wait) pause(State::IN_BLOCK, where);
+}
+
+bool look(bool come, Where where) {
+  if (come) {
+    happened();
+  } else {
+    ++block->fruitless;
+    block->ready.push_back(self);
+    pause(State::LOOKS, where);
+  }
+  return come;
+}
+
+void look_at(const void* address, size_t bytes, Where where) {
+  bytes = std::min(bytes, sizeof self->seen);
+  const bool seen = self->seen_at == address && !memcmp(self->seen, address, bytes);
+  if (seen) look(false, where);
+  self->seen_at = address;
+  memcpy(self->seen, address, bytes);
+}
+
+void fail(Where where, const char* format, ...) {
+  char line[1024];
+  va_list values;
+  va_start(values, format);
+  vsnprintf(line, sizeof line, format, values);
+  va_end(values);
+  stop(text("%s at %s:%d: %s", who().c_str(), name_of(where), int(where.line()), line));
+}
+
+void check_access(const void* address, size_t bytes, bool write, Where where) {
+  std::string wrong = complaint(address, bytes);
+  if (wrong.empty() && uintptr_t(address) % std::min<size_t>(bytes, 16)) wrong = text("%p, which is not aligned", address);
+  if (!wrong.empty()) fail(where, "%s %zu bytes at %s", write ? "writes" : "reads", bytes, wrong.c_str());
+}
+
+constexpr uint32_t WINDOW = 1024;  // where shared memory begins: no address is 0
+
+uint32_t shared_address(const void* p) { return static_cast<const unsigned char*>(p) - dynamic + WINDOW; }
+
+unsigned char* shared_pointer(uint32_t address) { return dynamic + (int64_t(address) - WINDOW); }
+
+void* dynamic_shared(size_t alignment) {
+  dynamic_offset = alignment < 1024 ? alignment : 0;
+  return dynamic + dynamic_offset;
+}
+
+extern "C" const char* emulate(const Kernel* which, const Launch* how) {
+  kernel = which, launch = how;
+  gridDim = how->grid, blockDim = how->block;
+  failure.clear();
+  self = nullptr;
+  const size_t threads = size_t(how->block.x) * how->block.y * how->block.z;
+  if (!threads || threads > 1024) failure = text("%s: a block of %zu threads", which->name, threads);
+  if (!how->grid.x || !how->grid.y || !how->grid.z) failure = text("%s: an empty grid", which->name);
+  if (how->grid.y > 65535 || how->grid.z > 65535) failure = text("%s: a grid of %s", which->name, text(how->grid).c_str());
+  if (static_bytes() + how->shared_bytes > SHARED_BYTES)
+    failure = text("%s: %zu bytes of static and %u of dynamic shared memory; an SM has %zu", which->name,
+                   static_bytes(), how->shared_bytes, SHARED_BYTES);
+  if (how->arguments_count != which->parameters)
+    failure = text("%s takes %d arguments, given: %d", which->name, which->parameters, how->arguments_count);
+  for (int i = 0; i < how->arguments_count && failure.empty(); ++i)
+    if (how->argument_sizes[i] != which->sizes[i])
+      failure = text("argument %d of %s is %zu bytes there, %zu here", i, which->name, which->sizes[i],
+                     how->argument_sizes[i]);
+  if (failure.empty()) run_grid();
+  self = nullptr;
+  return failure.empty() ? nullptr : failure.c_str();
+}
+
+// --- what -fsanitize=thread calls at every load and store of the kernel ------------------------------------
+
+extern "C" {
+#define EMULATOR_ACCESS(n)                                                                                        \
+  void __tsan_read##n(void* p) { access(p, n, true, false, __builtin_return_address(0)); }                       \
+  void __tsan_write##n(void* p) { access(p, n, true, true, __builtin_return_address(0)); }                       \
+  void __tsan_volatile_read##n(void* p) { access(p, n, true, false, __builtin_return_address(0)); }              \
+  void __tsan_volatile_write##n(void* p) { access(p, n, true, true, __builtin_return_address(0)); }              \
+  void __tsan_unaligned_read##n(void* p) { access(p, n, false, false, __builtin_return_address(0)); }            \
+  void __tsan_unaligned_write##n(void* p) { access(p, n, false, true, __builtin_return_address(0)); }
+EMULATOR_ACCESS(1)
+EMULATOR_ACCESS(2)
+EMULATOR_ACCESS(4)
+EMULATOR_ACCESS(8)
+EMULATOR_ACCESS(16)
+void __tsan_read_range(void* p, size_t n) { access(p, n, false, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { access(p, n, false, true, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
+
+}  // namespace emulator

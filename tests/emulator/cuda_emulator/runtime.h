@@ -1,0 +1,64 @@
+// What the emulated GPU does for the thread that runs: meet others, look at memory, fail with a place (__init__.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <utility>
+
+namespace emulator {
+
+using Where = std::source_location;  // of a call in the kernel: what reports name
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// The lanes of `mask` that still run meet: the last to come runs `act` over all lanes' operands (null where a lane does
+// not take part), then all go on. Lanes that meet at different places are an error.
+using Act = void (*)(void* const* lanes);
+void meet_warp(unsigned mask, void* operand, Act act, Where where);
+
+// Barrier `number` of the block, complete when `threads` have come (0: all that still run). Who does not `wait` goes on.
+void meet_block(int number, int threads, bool wait, Where where);
+
+// A look at what another thread is to change: where it has not come yet, others run before this returns.
+bool look(bool come, Where where);
+// The same for memory: who sees at an address what he saw there before lets others run.
+void look_at(const void* address, size_t bytes, Where where);
+
+[[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// An access by a function that stands for PTX. Plain ones are seen by themselves (runtime.cpp, __tsan_*).
+void check_access(const void* address, size_t bytes, bool write, Where where);
+
+uint32_t shared_address(const void* p);  // in the window of the block's shared memory
+unsigned char* shared_pointer(uint32_t address);
+void* dynamic_shared(size_t alignment);  // on a multiple of it, and of no larger power of two
+
+struct Kernel {
+  const char* name;
+  void (*call)(void** arguments);
+  const size_t* sizes;  // of its parameters
+  int parameters;
+};
+
+template <auto KERNEL>
+struct Entry;
+template <class... A, void (*KERNEL)(A...)>
+struct Entry<KERNEL> {
+  static constexpr size_t SIZES[] = {sizeof(A)..., 0};
+  static constexpr int PARAMETERS = sizeof...(A);
+
+  template <size_t... I>
+  __attribute__((no_sanitize("thread"))) static void with(void** arguments, std::index_sequence<I...>) {
+    KERNEL(*static_cast<A*>(arguments[I])...);
+  }
+  __attribute__((no_sanitize("thread"))) static void call(void** arguments) {
+    with(arguments, std::index_sequence_for<A...>{});
+  }
+};
+
+}  // namespace emulator
+
+extern emulator::Dim threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
