@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from strobe.attention.problem import Paged
+from strobe.engine import runner
 from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
 from strobe.engine.request import Request
@@ -21,6 +22,28 @@ from strobe.models.batch import Batch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 ROOMY = EngineConfig(kv_cache_pages=200, max_num_seqs=32)
+
+
+class Replayed:
+    """In place of CUDA graphs on a CPU: the work of the first step of a size, run again for the others.
+
+    What it gives lies in one tensor, as a graph's does, and holds nothing of sense until it is replayed.
+    """
+
+    def record(self, work):
+        static = torch.full_like(work(), float("nan"))
+        return static, lambda: static.copy_(work())
+
+
+MODES = {"in turn": {}, "overlapped": {"overlap": True}, "graphs": {"overlap": True, "graphs": True}}
+
+
+@pytest.fixture(autouse=True, params=MODES)
+def mode(request, monkeypatch):
+    """Every law holds however the steps are run."""
+    monkeypatch.setitem(globals(), "ROOMY", replace(ROOMY, **MODES[request.param]))
+    monkeypatch.setattr(runner, "recorder_for", lambda device: Replayed())
+    return request.param
 
 
 def random_prompts(seed: int, count: int, longest: int = 60) -> list[tuple[int, ...]]:
@@ -35,10 +58,10 @@ def random_prompts(seed: int, count: int, longest: int = 60) -> list[tuple[int, 
 
 
 def run(
-    checkpoint, prompts, params=GREEDY, config=ROOMY, *, drip: int | None = None
+    checkpoint, prompts, params=GREEDY, config=None, *, drip: int | None = None
 ) -> tuple[list[Request], Engine]:
     """All prompts through a fresh engine; `drip` adds one every so many steps."""
-    engine = Engine(checkpoint.model, checkpoint.tokenizer, config)
+    engine = Engine(checkpoint.model, checkpoint.tokenizer, config or ROOMY)
     every = params if isinstance(params, list) else [params] * len(prompts)
     requests = [Request(str(i), tuple(p), s) for i, (p, s) in enumerate(zip(prompts, every, strict=True))]
     left = list(requests)
@@ -51,6 +74,7 @@ def run(
         engine.scheduler.check()
         steps += 1
     assert engine.scheduler.cache.used == 0
+    assert not engine._launched
     return requests, engine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections import deque
 from zlib import crc32
 
 import pytest
@@ -24,13 +25,34 @@ def next_token(tokens: list[int], index: int) -> int:
     return crc32(bytes(tokens) + bytes([index])) % 3
 
 
-class Simulation:
-    """Runs schedules on a memory of slots. `strict` checks each slot that attention would read."""
+def stops(tokens: list[int]) -> bool:
+    """A stand-in for an end token, which nobody foresees."""
+    return crc32(bytes(tokens[-3:])) % 13 == 0
 
-    def __init__(self, config: EngineConfig, pages: int, *, strict: bool = True) -> None:
+
+class Simulation:
+    """Runs schedules on a memory of slots. `strict` checks each slot that attention would read.
+
+    `device` has the tokens of every sequence as they were drawn; with `overlap` the scheduler is told of
+    them a step late.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pages: int,
+        *,
+        strict: bool = True,
+        overlap: bool = False,
+        stopping: bool = False,
+    ) -> None:
         self.scheduler = Scheduler(config, KvCache(pages, config.page_size, prefix_cache=config.prefix_cache))
         self.config = config
         self.strict = strict
+        self.overlap = overlap
+        self.stopping = stopping
+        self.device: dict[Sequence, list[int]] = {}
+        self.launched: deque[tuple[Schedule, list[int]]] = deque()
         self.memory: dict[int, tuple] = {}
         self.requests: list[Request] = []
         self.steps = 0
@@ -42,6 +64,7 @@ class Simulation:
             SamplingParams(max_tokens=max_tokens, n=n),
             cache_salt=salt,
         )
+        request.max_output = max_tokens
         request.sequences = [Sequence(request, index, 0, list(prompt)) for index in range(n)]
         self.requests.append(request)
         self.scheduler.add(request)
@@ -55,14 +78,28 @@ class Simulation:
         schedule = self.scheduler.schedule()
         assert schedule.tokens <= self.config.max_num_batched_tokens
         assert len(self.scheduler.running) <= self.config.max_num_seqs
-        self.run(schedule)
-        tokens = [next_token(sequence.tokens, sequence.index) for sequence in schedule.sampled]
-        self.scheduler.accept(schedule, tokens)
-        for sequence in schedule.sampled:
-            if sequence.output_len >= sequence.params.max_tokens:
-                self.scheduler.finish(sequence, "length")
+        if schedule.chunks:
+            self.run(schedule)
+            self.launched.append((schedule, [self.draw(sequence) for sequence in schedule.sampled]))
+            self.scheduler.advance(schedule)
+        while len(self.launched) > (self.overlap and bool(schedule.chunks)):
+            self.accept(*self.launched.popleft())
         self.steps += 1
         return schedule
+
+    def draw(self, sequence: Sequence) -> int:
+        tokens = self.device.setdefault(sequence, list(sequence.request.prompt_token_ids))
+        tokens.append(next_token(tokens, sequence.index))
+        return tokens[-1]
+
+    def accept(self, schedule: Schedule, tokens: list[int]) -> None:
+        going = [sequence for sequence in schedule.sampled if sequence.finish_reason is None]
+        self.scheduler.accept(schedule, tokens)
+        for sequence in going:
+            if self.stopping and stops(sequence.tokens):
+                self.scheduler.finish(sequence, "stop")
+            elif len(sequence.output) == sequence.params.max_tokens:
+                self.scheduler.finish(sequence, "length")
 
     def run(self, schedule: Schedule) -> None:
         if not self.strict:
@@ -76,10 +113,20 @@ class Simulation:
         self.memory |= moved
         for sequence, start, end in schedule.chunks:
             for position in range(start, end):
-                self.memory[self.slot(sequence, position)] = content(sequence, position)
+                self.memory[self.slot(sequence, position)] = self.content(sequence, position)
         for sequence, _, end in schedule.chunks:
+            assert end <= len(self.tokens(sequence))
             for position in range(end):
-                assert self.memory[self.slot(sequence, position)] == content(sequence, position)
+                assert self.memory[self.slot(sequence, position)] == self.content(sequence, position)
+        for sequence, index in zip(schedule.sampled, schedule.sampled_chunks, strict=True):
+            carrier, _, end = schedule.chunks[index]
+            assert end == len(self.tokens(carrier)) == len(self.tokens(sequence))
+
+    def tokens(self, sequence: Sequence) -> list[int]:
+        return self.device.get(sequence, list(sequence.request.prompt_token_ids))
+
+    def content(self, sequence: Sequence, position: int) -> tuple:
+        return sequence.request.cache_salt, crc32(bytes(self.tokens(sequence)[: position + 1])), position
 
     def slot(self, sequence: Sequence, position: int) -> int:
         page_size = self.config.page_size
@@ -87,7 +134,8 @@ class Simulation:
 
     def drain(self) -> None:
         while self.scheduler.has_work:
-            assert self.step().chunks, "work, and nothing to run"
+            unread = bool(self.launched)
+            assert self.step().chunks or unread, "work, and nothing to run"
         self.scheduler.check()
         assert self.scheduler.cache.used == 0
 
@@ -96,15 +144,14 @@ class Simulation:
         for request in self.requests:
             for sequence in request.sequences:
                 tokens = list(request.prompt_token_ids)
-                for _ in range(sequence.output_len):
+                for index in range(len(sequence.output)):
+                    assert index == 0 or not (self.stopping and stops(tokens)), "a token too many"
                     tokens.append(next_token(tokens, sequence.index))
                 assert sequence.tokens == tokens
                 if sequence.finish_reason == "length":
-                    assert sequence.output_len == request.params.max_tokens
-
-
-def content(sequence: Sequence, position: int) -> tuple:
-    return sequence.request.cache_salt, crc32(bytes(sequence.tokens[: position + 1])), position
+                    assert len(sequence.output) == request.params.max_tokens
+                if sequence.finish_reason == "stop":
+                    assert stops(tokens)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -116,15 +163,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(2, 6),
         extra_tokens=st.integers(0, 20),
         prefix_cache=st.booleans(),
+        overlap=st.booleans(),
+        stopping=st.booleans(),
     )
-    def begin(self, page_size, extra_pages, seqs, extra_tokens, prefix_cache):
+    def begin(self, page_size, extra_pages, seqs, extra_tokens, prefix_cache, overlap, stopping):
         config = EngineConfig(
             page_size=page_size,
             max_num_seqs=seqs,
             max_num_batched_tokens=seqs + extra_tokens,
             prefix_cache=prefix_cache,
         )
-        self.simulation = Simulation(config, -(-24 // page_size) + extra_pages)
+        self.simulation = Simulation(
+            config, -(-24 // page_size) + extra_pages, overlap=overlap, stopping=stopping
+        )
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=16),
@@ -142,8 +193,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
-        had_work = self.simulation.scheduler.has_work
-        assert bool(self.simulation.step().chunks) == had_work
+        had_work, unread = self.simulation.scheduler.has_work, bool(self.simulation.launched)
+        ran = bool(self.simulation.step().chunks)
+        assert ran == had_work or (had_work and unread)
 
     @invariant()
     def consistent(self):
@@ -162,11 +214,12 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_storm_of_adds_and_aborts(seed):
+def test_storm_of_adds_and_aborts(seed, overlap):
     rng = random.Random(seed)
     config = EngineConfig(page_size=4, max_num_seqs=8, max_num_batched_tokens=40)
-    simulation = Simulation(config, 16)
+    simulation = Simulation(config, 16, overlap=overlap, stopping=True)
     for _ in range(400):
         if rng.random() < 0.5:
             prompt = [rng.randrange(2) for _ in range(rng.randint(1, 40))]
@@ -181,10 +234,11 @@ def test_storm_of_adds_and_aborts(seed):
     assert simulation.scheduler.prefix_hits > 0
 
 
-def test_nothing_leaks_over_ten_thousand_requests():
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nothing_leaks_over_ten_thousand_requests(overlap):
     rng = random.Random(11)
     config = EngineConfig(page_size=16, max_num_seqs=64, max_num_batched_tokens=512)
-    simulation = Simulation(config, 120, strict=False)
+    simulation = Simulation(config, 90, strict=False, overlap=overlap, stopping=True)
     done = 0
     while done < 10_000:
         for _ in range(rng.randint(0, 8)):
@@ -196,6 +250,8 @@ def test_nothing_leaks_over_ten_thousand_requests():
         finished = [request for request in simulation.requests if request.finished]
         done += len(finished)
         simulation.requests = [request for request in simulation.requests if not request.finished]
+        for sequence in (sequence for request in finished for sequence in request.sequences):
+            simulation.device.pop(sequence, None)
     simulation.drain()
     cache = simulation.scheduler.cache
     assert cache.available == cache.num_pages

@@ -16,6 +16,7 @@ _INTEGERS = {
     "seed": (0, (1 << 63) - 1),
 }
 _OPTIONAL = ("kv_cache_pages", "max_model_len")
+_SWITCHES = ("prefix_cache", "overlap", "graphs")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class EngineConfig:
     attention_kernel: str = "auto"
     linear_kernel: str = "auto"
     """A rung of `strobe.linear`, or several by comma: each product takes the first that fits it."""
+    overlap: bool = False
+    """Schedule and launch a step while the one before it runs, and read what it drew a step late."""
+    graphs: bool = False
+    """On a GPU: steps that only decode are CUDA graphs, padded to few sizes."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
 
@@ -53,8 +58,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise SettingsError(f"{name} is {value!r}; supported: an integer from {low} to {high}")
-        if not isinstance(self.prefix_cache, bool):
-            raise SettingsError(f"prefix_cache is {self.prefix_cache!r}; supported: True or False")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; supported: True or False")
         for name in ("attention_kernel", "linear_kernel"):
             if not isinstance(getattr(self, name), str):
                 raise SettingsError(f'{name} is {getattr(self, name)!r}; supported: a name, or "auto"')

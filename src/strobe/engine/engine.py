@@ -15,7 +15,7 @@ from strobe.engine.kv_cache import KvCache
 from strobe.engine.memory import plan_pages
 from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
-from strobe.engine.sampler import Sampled, Sampler
+from strobe.engine.sampler import Drawn, Sampled, Sampler
 from strobe.engine.scheduler import Schedule, Scheduler
 from strobe.errors import OutOfPagesError, RequestError
 from strobe.linear import ladder as linear_ladder
@@ -60,19 +60,23 @@ class Engine:
         self.max_model_len = plan.max_model_len
         cache = KvCache(plan.pages, config.page_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(config, cache)
-        self.runner = Runner(model, config, plan.pages)
+        self.runner = Runner(model, config, plan.pages, plan.max_model_len)
         self.sampler = Sampler(model.config.eos_token_ids)
         self._stop_ids = frozenset(model.config.eos_token_ids)
         self._random = random.Random(config.seed)  # noqa: S311 - seeds of samples, not secrets
         self._arrived: deque[Request] = deque()
         self._aborted: deque[str] = deque()
         self._live: dict[str, Request] = {}
+        self._launched: deque[tuple[Schedule, Sampled]] = deque()
+        """Steps that run, or have run, and were not accepted: one at most between two calls of `step`."""
+        self._told: list[StreamChunk] = []
+        """What the next return of `step` tells: kept here, so that a step that fails loses nothing."""
         self._live_lock = threading.Lock()
         self._steps = self._prompt_tokens = self._output_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live)
+        return bool(self._live or self._told)
 
     def add(self, request: Request) -> None:
         """Queue a request; it joins the next step.
@@ -130,6 +134,8 @@ class Engine:
 
         Called from the thread that steps. Gives the ids of those dropped.
         """
+        while self._launched:
+            self.scheduler.forget(self._launched.popleft()[0])
         with self._live_lock:
             kept = {sequence.request.request_id for sequence in self.scheduler.waiting}
             kept |= {request.request_id for request in self._arrived}
@@ -142,14 +148,26 @@ class Engine:
         return [request.request_id for request in dropped]
 
     def step(self) -> list[StreamChunk]:
-        """One forward pass for all who have tokens to run; what it added, and who ended."""
-        ended = self._take_messages()
+        """One forward pass for all who have tokens to run; what was read since, and who ended.
+
+        With `overlap` the device runs while the host works: a step is launched before the one ahead of it
+        is read, with that one's tokens still on the device. Whoever turns out to be over by then has had a
+        step too many, which is dropped.
+        """
+        self._take_messages()
         schedule = self.scheduler.schedule()
-        if not schedule.chunks:
-            return ended
-        logits = self.runner.run(schedule)
-        sampled = self.sampler.sample(logits, schedule)
-        return ended + self._accept(schedule, sampled)
+        if schedule.chunks:
+            self._note_start(schedule)
+            logits = self.runner.run(schedule)
+            if schedule.scored or self.sampler.waits_for(schedule.sampled):
+                self._accept_launched(but=0)
+            sampled = self.sampler.sample(logits, schedule)
+            self.runner.keep_drawn(sampled.token_ids)
+            self.scheduler.advance(schedule)
+            self._launched.append((schedule, sampled))
+        self._accept_launched(but=1 if self.config.overlap and schedule.chunks else 0)
+        told, self._told = self._told, []
+        return told
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -166,7 +184,7 @@ class Engine:
             prefix_hits=scheduler.prefix_hits,
         )
 
-    def _take_messages(self) -> list[StreamChunk]:
+    def _take_messages(self) -> None:
         while self._arrived:
             request = self._arrived.popleft()
             params = request.params
@@ -183,43 +201,53 @@ class Engine:
                 for index in range(params.n)
             ]
             self.scheduler.add(request)
-        ended = []
         while self._aborted:
             dropped = self._live.get(self._aborted.popleft())
             unfinished = [s for s in dropped.sequences if s.finish_reason is None] if dropped else []
-            ended += [self._finish(sequence, "abort") for sequence in unfinished]
-        return ended
+            self._told += [self._finish(sequence, "abort") for sequence in unfinished]
 
-    def _accept(self, schedule: Schedule, sampled: Sampled) -> list[StreamChunk]:
-        """Write the step back. Everything that a step changes outside the cache's tensors is here."""
-        tokens = sampled.token_ids.tolist()
-        self.scheduler.accept(schedule, tokens)
+    def _note_start(self, schedule: Schedule) -> None:
         now = time.monotonic()
-        self._steps += 1
-        self._output_tokens += len(tokens)
         for chunk in schedule.chunks:
             if chunk.sequence.request.started is None:
                 chunk.sequence.request.started = now
-        for chunk, scores in sampled.prompt_logprobs:
+
+    def _accept_launched(self, but: int) -> None:
+        """Accept launched steps, the latest `but` excepted."""
+        while len(self._launched) > but:
+            schedule, sampled = self._launched[0]
+            drawn = sampled.read()
+            self._launched.popleft()
+            self._accept(schedule, drawn)
+        if not self._live:  # what is left was launched for those that are over
+            self._launched.clear()
+
+    def _accept(self, schedule: Schedule, drawn: Drawn) -> None:
+        """Write a step back: tokens, scores, who is over. Rows that were over before it are dropped."""
+        going = [row for row, sequence in enumerate(schedule.sampled) if sequence.finish_reason is None]
+        self.scheduler.accept(schedule, drawn.token_ids)
+        now = time.monotonic()
+        self._steps += 1
+        self._output_tokens += len(going)
+        for chunk, scores in drawn.prompt_logprobs:
             chunk.sequence.request.prompt_logprobs += scores
-        for row, logprobs in sampled.read_logprobs(schedule.sampled).items():
-            schedule.sampled[row].logprobs.append(logprobs)
-        chunks = []
-        for sequence, token in zip(schedule.sampled, tokens, strict=True):
+        for row in going:
+            sequence, token = schedule.sampled[row], drawn.token_ids[row]
+            if row in drawn.logprobs:
+                sequence.logprobs.append(drawn.logprobs[row])
             request = sequence.request
             if request.first_token is None:
                 request.first_token = now
                 self._prompt_tokens += len(request.prompt_token_ids)
             reason, stop_reason, text = self._stop(sequence, token)
             if reason is not None:
-                chunks.append(self._finish(sequence, reason, stop_reason, text))
+                self._told.append(self._finish(sequence, reason, stop_reason, text))
             elif request.stream:
-                chunks.append(_chunk(sequence, text))
-        return chunks
+                self._told.append(_chunk(sequence, text))
 
     def _stop(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Whether the token ends the sequence, the stop token or string that did, and the text it settles."""
-        params, length = sequence.params, sequence.output_len
+        params, length = sequence.params, len(sequence.output)
         detokenizer, matcher = sequence.detokenizer, sequence.matcher
         if matcher is not None:
             matcher.accept(token)
@@ -265,7 +293,7 @@ class Engine:
 def _chunk(sequence: Sequence, text: str) -> StreamChunk:
     """What the sequence has gained since its last chunk."""
     request, start = sequence.request, sequence.sent
-    sequence.sent = sequence.output_len
+    sequence.sent = len(sequence.output)
     return StreamChunk(
         request_id=request.request_id,
         index=sequence.index,

@@ -152,15 +152,19 @@ class Request:
 class Sequence:
     """One output of a request while it runs.
 
-    `tokens` is the prompt and the output so far. Keys and values of the first `computed` tokens are
-    in the cache, in `pages` (none while it waits; `prefix` is what it is looked up by). `siblings` are
-    the request's further sequences: they are forked from this one when its prompt has been run.
+    `tokens` is the prompt and the output so far, as the host knows it. A step that was launched may have
+    drawn one more, `unread` yet: row `row` of what the last step drew. Keys and values of the first
+    `computed` tokens are in the cache, or being written by a launched step, in `pages` (none while it
+    waits; `prefix` is what it is looked up by). `siblings` are the request's further sequences: they are
+    forked from this one when its prompt has been run.
     """
 
     request: Request
     index: int
     seed: int
     tokens: list[int]
+    unread: int = 0
+    row: int = 0
     computed: int = 0
     pages: PageList = field(default_factory=PageList)
     prefix: Prefix | None = None
@@ -198,7 +202,13 @@ class Sequence:
 
     @property
     def output_len(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        """Output tokens, the unread one too."""
+        return self.length - self.prompt_len
+
+    @property
+    def length(self) -> int:
+        """Its tokens, the unread one too."""
+        return len(self.tokens) + self.unread
 
     def completion(self) -> CompletionOutput:
         return CompletionOutput(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from strobe.attention.problem import Paged
 from strobe.engine.config import EngineConfig
-from strobe.engine.kv_cache import PageCopy
-from strobe.engine.scheduler import Chunk, Schedule
+from strobe.engine.graphs import DecodeGraphs, recorder_for
+from strobe.engine.inputs import StepInputs, inputs_of, padded, table_width
+from strobe.engine.scheduler import Schedule
+from strobe.engine.transfer import Staging, nbytes
 from strobe.models.batch import Batch, KvTensors
 from strobe.models.network import Model, tensors
 
@@ -22,64 +23,78 @@ too, each of a step's hundred small products waits for both threads: 51 ms a tok
 
 
 class Runner:
-    """Runs one model over one KV cache of `pages` pages."""
+    """Runs one model over one KV cache of `pages` pages, each sequence of up to `max_model_len` tokens."""
 
-    def __init__(self, model: Model, config: EngineConfig, pages: int) -> None:
+    def __init__(self, model: Model, config: EngineConfig, pages: int, max_model_len: int) -> None:
         self.model = model
         self.config = config
+        self._nobody = pages  # the page after the last: sequences that only pad write there
         self.kv_cache = KvTensors.allocate(
-            model.config, pages, config.page_size, dtype=model.dtype, device=model.device
+            model.config, pages + 1, config.page_size, dtype=model.dtype, device=model.device
         )
+        self.staging = Staging(
+            model.device, head=config.max_num_seqs, capacity=_capacity(config, max_model_len)
+        )
+        recorder = recorder_for(model.device) if config.graphs else None
+        self.graphs = DecodeGraphs(config.max_num_seqs, recorder) if recorder else None
         self._token_flops = 2 * sum(tensor.numel() for tensor in tensors(model.weights))
 
+    @torch.inference_mode()
     def run(self, schedule: Schedule) -> torch.Tensor:
         """One forward pass; float32 logits `[rows, vocab_size]`: a row for each of `schedule.sampled`,
-        then one for each token of the chunks `schedule.scored`."""
-        if schedule.copies:
-            self._copy_pages(schedule.copies)
-        with torch.inference_mode(), self._threads(schedule.tokens):
-            return self.model(self.batch(schedule))
+        then one for each token of the chunks `schedule.scored`. The next run may overwrite them.
 
-    def batch(self, schedule: Schedule) -> Batch:
-        """The schedule's tokens, rows in the order of its chunks."""
-        chunks, page_size = schedule.chunks, self.config.page_size
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
-        ends = np.array([chunk.end for chunk in chunks], dtype=np.int64)
-        counts = ends - starts
-        table = _page_table(chunks)
-        row_ends = np.cumsum(counts)
-        uniform = bool((counts == counts[0]).all())
-        if uniform and counts[0] == 1:
-            token_ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks], dtype=np.int64)
-            positions, rows = starts, np.arange(len(chunks))
-        else:
-            token_ids = np.concatenate(
-                [np.array(c.sequence.tokens[c.start : c.end], dtype=np.int64) for c in chunks]
+        Tokens that the host has not read yet are taken from those of the last `keep_drawn`.
+        """
+        page_size, first_word = self.config.page_size, self.staging.first_word
+        inputs = inputs_of(schedule, page_size, first_word)
+        rows = len(schedule.sampled)
+        size = self.graphs.size_for(rows) if self.graphs and _decodes(schedule) else None
+        if self.graphs is not None and size is not None:
+            inputs = padded(inputs, size, page_size, first_word, self._nobody)
+            batch, width = self._stage(inputs), inputs.page_table.shape[1]
+            return self.graphs.run(size, width, lambda: self.model(batch()))[:rows]
+        batch = self._stage(inputs)
+        with self._threads(schedule.tokens):
+            return self.model(batch())
+
+    def keep_drawn(self, token_ids: torch.Tensor) -> None:
+        """Keep what a step drew, int64 `[rows]`, for the rows of the next step that go on from it."""
+        if self.config.overlap:
+            self.staging.drawn[: len(token_ids)].copy_(token_ids)
+
+    def _stage(self, inputs: StepInputs) -> Callable[[], Batch]:
+        """Send a step's arrays. What is returned makes the Batch of what lies in their places when called."""
+        given = {name: array for name in _SENT if (array := getattr(inputs, name)) is not None}
+        sent = dict(zip(given, self.staging.send(list(given.values())), strict=True))
+        if "copies" in sent:
+            sources, targets = sent["copies"]
+            for pages in (self.kv_cache.k, self.kv_cache.v):
+                pages[:, targets] = pages[:, sources]
+
+        def batch() -> Batch:
+            token_ids = sent["token_ids"]
+            if "picks" in sent:
+                token_ids = self.staging.words.index_select(0, sent["picks"])
+            layout = Paged(
+                page_table=sent["page_table"],
+                seq_lens=sent["seq_lens"],
+                cu_seqlens_q=sent.get("cu_seqlens"),
+                max_q_len=inputs.max_q_len,
+                max_kv_len=inputs.max_kv_len,
             )
-            rows = np.repeat(np.arange(len(chunks)), counts)
-            positions = np.arange(len(token_ids)) + (ends - row_ends)[rows]
-        logits_at = row_ends[list(schedule.sampled_chunks)] - 1
-        if schedule.scored:
-            scored = [np.arange(row_ends[i] - counts[i], row_ends[i]) for i in schedule.scored]
-            logits_at = np.concatenate([logits_at, *scored])
-        slots = table[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size
-        layout = Paged(
-            page_table=self._tensor(table),
-            seq_lens=self._tensor(ends.astype(np.int32)),
-            cu_seqlens_q=None if uniform else self._tensor(np.concatenate(([0], row_ends)).astype(np.int32)),
-            max_q_len=int(counts.max()),
-            max_kv_len=int(ends.max()),
-        )
-        return Batch(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            layout=layout,
-            logits_at=self._tensor(logits_at),
-            kv_cache=self.kv_cache,
-            attention_kernel=self.config.attention_kernel,
-            linear_kernel=self.config.linear_kernel,
-        )
+            return Batch(
+                token_ids=token_ids,
+                positions=sent["positions"],
+                slots=sent["slots"],
+                layout=layout,
+                logits_at=sent["logits_at"],
+                kv_cache=self.kv_cache,
+                attention_kernel=self.config.attention_kernel,
+                linear_kernel=self.config.linear_kernel,
+            )
+
+        return batch
 
     @contextmanager
     def _threads(self, tokens: int) -> Iterator[None]:
@@ -94,21 +109,31 @@ class Runner:
         finally:
             torch.set_num_threads(all_threads)
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
-    def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
-        sources, targets = (
-            torch.tensor(pages, device=self.model.device) for pages in zip(*copies, strict=True)
-        )
-        for tensor in (self.kv_cache.k, self.kv_cache.v):
-            tensor[:, targets] = tensor[:, sources]
+_SENT = (
+    "token_ids",
+    "positions",
+    "slots",
+    "logits_at",
+    "picks",
+    "seq_lens",
+    "cu_seqlens",
+    "page_table",
+    "copies",
+)
+"""The order in which arrays are sent: what only some steps have stands behind what a graph reads."""
 
 
-def _page_table(chunks: Sequence[Chunk]) -> np.ndarray:
-    """int32 `[rows, longest]`; past a row's pages it holds 0, which nothing reads."""
-    lists = [chunk.sequence.pages.pages for chunk in chunks]
-    table = np.zeros((len(lists), max(map(len, lists))), dtype=np.int32)
-    for row, pages in zip(table, lists, strict=True):
-        row[: len(pages)] = pages
-    return table
+def _decodes(schedule: Schedule) -> bool:
+    """True where each row brings one token and draws one."""
+    rows = len(schedule.chunks)
+    return schedule.tokens == rows and schedule.sampled_chunks == tuple(range(rows)) and not schedule.scored
+
+
+def _capacity(config: EngineConfig, max_model_len: int) -> int:
+    """Bytes of the largest step's arrays."""
+    tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
+    pages = table_width(-(-max_model_len // config.page_size))
+    words = [tokens] * 4 + [tokens + rows, 2 * rows]  # token_ids, positions, slots, picks; logits_at; copies
+    halves = [rows, rows + 1, rows * pages]  # seq_lens, cu_seqlens; page_table
+    return nbytes([(count, 8) for count in words] + [(count, 4) for count in halves])

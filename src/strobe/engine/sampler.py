@@ -4,43 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from strobe.engine.request import Sequence, TokenLogprobs
 from strobe.engine.scheduler import Chunk, Schedule
+from strobe.engine.transfer import Readback
 from strobe.ops import sampling
 
 _SCORED_ROWS = 256
 """Prompt tokens that are scored at once: a row of log-probabilities has the size of the vocabulary."""
 
 
-@dataclass(frozen=True, eq=False)
-class Sampled:
-    """Drawn tokens, still on the device: `token_ids` int64 `[rows]`.
+@dataclass(frozen=True)
+class Drawn:
+    """What a step drew, on the host. `logprobs` are by row, of those rows that want them."""
 
-    `logprobs` are (chosen `[wanting]`, top values `[wanting, top]`, top ids) of the rows `wanting`.
-    `prompt_logprobs` go on from what each chunk's request has.
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs]
+    prompt_logprobs: tuple[tuple[Chunk, list[TokenLogprobs]], ...]
+
+
+class Sampled:
+    """Drawn tokens on the device, `token_ids` int64 `[rows]`, and a copy on its way to the host.
+
+    `logprobs` are (chosen `[wanting]`, top values `[wanting, top]`, top ids) of the rows `wanting`, each
+    with the number of likeliest tokens that it asks for. `prompt_logprobs` go on from what each chunk's
+    request has.
     """
 
-    token_ids: torch.Tensor
-    wanting: tuple[int, ...] = ()
-    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    prompt_logprobs: tuple[tuple[Chunk, list[TokenLogprobs]], ...] = ()
+    def __init__(
+        self,
+        token_ids: torch.Tensor,
+        wanting: SequenceOf[tuple[int, int]] = (),
+        logprobs: SequenceOf[torch.Tensor] = (),
+        prompt_logprobs: tuple[tuple[Chunk, list[TokenLogprobs]], ...] = (),
+    ) -> None:
+        self.token_ids = token_ids
+        self._wanting = wanting
+        self._prompt_logprobs = prompt_logprobs
+        self._readback = Readback(token_ids.device)
+        self._copies = [self._readback.copy(tensor) for tensor in (token_ids, *logprobs)]
+        self._readback.sent()
 
-    def read_logprobs(self, sequences: SequenceOf[Sequence]) -> dict[int, TokenLogprobs]:
-        """By row, for those that want them. Waits for the device."""
-        if self.logprobs is None:
-            return {}
-        chosen, values, ids = (tensor.tolist() for tensor in self.logprobs)
-        tokens = self.token_ids.tolist()
+    def read(self) -> Drawn:
+        """Waits for the draw, and for nothing that was launched after it."""
+        self._readback.wait()
+        tokens, *logprobs = (copy.tolist() for copy in self._copies)
         found = {}
-        for i, row in enumerate(self.wanting):
-            top = sequences[row].params.logprobs
-            found[row] = _token_logprobs(tokens[row], chosen[i], ids[i][:top], values[i][:top])
-        return found
+        for (row, top), chosen, values, ids in zip(self._wanting, *logprobs, strict=True):
+            found[row] = _token_logprobs(tokens[row], chosen, ids[:top], values[:top])
+        return Drawn(tokens, found, self._prompt_logprobs)
 
 
 def _token_logprobs(token: int, logprob: float, ids: list[int], values: list[float]) -> TokenLogprobs:
@@ -53,21 +69,31 @@ class Sampler:
     def __init__(self, stop_ids: SequenceOf[int]) -> None:
         self._stop_ids = tuple(stop_ids)
 
+    def waits_for(self, sequences: SequenceOf[Sequence]) -> bool:
+        """True where a draw depends on the tokens before it in ways that the host works out, so that the
+        step before must be read first: penalties count them, a grammar goes on from them."""
+        return any(sequence.matcher is not None or sequence.params.penalised for sequence in sequences)
+
     def sample(self, logits: torch.Tensor, schedule: Schedule) -> Sampled:
         """A token for each of `schedule.sampled`, from `logits` as `Runner.run` lays them out."""
         count = len(schedule.sampled)
-        sampled = self._sample(logits[:count], schedule.sampled)
-        if not schedule.scored:
-            return sampled
-        return replace(sampled, prompt_logprobs=tuple(self._score_prompts(logits[count:], schedule)))
+        scores = tuple(self._score_prompts(logits[count:], schedule))
+        sequences, rows = schedule.sampled, logits[:count]
+        token_ids = self._draw_rows(rows, sequences)
+        wanting = [
+            (row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None
+        ]
+        if not wanting:
+            return Sampled(token_ids, prompt_logprobs=scores)
+        asked = [row for row, _ in wanting]
+        top = min(max(top for _, top in wanting), rows.shape[1])
+        return Sampled(token_ids, wanting, sampling.logprobs(rows[asked], token_ids[asked], top), scores)
 
-    def _sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> Sampled:
-        """Draw a token for each sequence from its row of `logits` `[rows, vocab]`."""
+    def _draw_rows(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
+        """A token for each sequence from its row of `logits` `[rows, vocab]`."""
         params = [sequence.params for sequence in sequences]
         if all(p.plain for p in params):
-            return Sampled(logits.argmax(dim=-1))
-        wanting = tuple(row for row, p in enumerate(params) if p.logprobs is not None)
-        raw = logits
+            return logits.argmax(dim=-1)
         forbidden = [
             (row, token)
             for row, (sequence, p) in enumerate(zip(sequences, params, strict=True))
@@ -77,7 +103,9 @@ class Sampler:
         ]
         penalised = [row for row, p in enumerate(params) if p.penalised]
         biased = [(row, *item) for row, p in enumerate(params) for item in p.biases]
-        bound = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
+        bound = [
+            row for row, s in enumerate(sequences) if s.matcher is not None and s.finish_reason is None
+        ]  # a row that the step before ended draws what is then dropped
         if forbidden or penalised or biased or bound:
             logits = logits.float().clone()
         if penalised:
@@ -95,11 +123,7 @@ class Sampler:
         random = [row for row, p in enumerate(params) if not p.greedy]
         if random:
             token_ids[random] = self._draw(logits[random].float(), [sequences[row] for row in random])
-        if not wanting:
-            return Sampled(token_ids)
-        top = max(params[row].logprobs or 0 for row in wanting)
-        asked = sampling.logprobs(raw[list(wanting)], token_ids[list(wanting)], min(top, raw.shape[1]))
-        return Sampled(token_ids, wanting, asked)
+        return token_ids
 
     def _score_prompts(
         self, logits: torch.Tensor, schedule: Schedule

@@ -4,6 +4,10 @@ Running sequences come first, each with the tokens it has not yet computed: one 
 chunk of its prompt where it prefills. What is left of the step's token budget admits waiting ones.
 When pages run out the latest arrival gives its pages back and waits, to be recomputed later.
 
+A step may be scheduled while the one before it still runs: `advance` says that a step was launched,
+`accept` what it drew. In between a sequence has a token more than the host knows, whose place in the
+cache can be planned all the same. Pages may change hands meanwhile: the device runs steps in order.
+
 This module imports no torch.
 """
 
@@ -71,39 +75,44 @@ class Scheduler:
         self.waiting.append(first)
 
     def schedule(self) -> Schedule:
-        """The next step. Pages are taken here; nothing else changes until `accept`."""
-        budget = self.config.max_num_batched_tokens
+        """The next step. Pages are taken here; nothing else changes until `advance`."""
         chunks: list[Chunk] = []
         copies: list[PageCopy] = []
-        index = 0
-        while index < len(self.running) and budget:
-            sequence = self.running[index]
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            start, end = sequence.computed, sequence.computed + count
-            if self.cache.missing(sequence.pages, start, end) and not self._grow(sequence, end, copies):
-                break
-            chunks.append(Chunk(sequence, start, end))
-            budget -= count
-            index += 1
-        if index == len(self.running):
+        budget = self._continue(self.config.max_num_batched_tokens, chunks, copies)
+        if budget is not None:
             self._admit(budget, chunks, copies)
         sampled, sampled_chunks = [], []
         for index, (sequence, _, end) in enumerate(chunks):
-            if end == len(sequence.tokens):  # its last token's logits give the next
+            if end == sequence.length:  # its last token's logits give the next
                 sampled += [sequence, *sequence.siblings]
                 sampled_chunks += [index] * (1 + len(sequence.siblings))
-        scored = tuple(index for index, chunk in enumerate(chunks) if chunk.sequence.scores_prompt)
-        return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies), scored)
+        scored = [i for i, (s, start, _) in enumerate(chunks) if s.scores_prompt and start < s.prompt_len - 1]
+        return Schedule(tuple(chunks), tuple(sampled), tuple(sampled_chunks), tuple(copies), tuple(scored))
+
+    def advance(self, schedule: Schedule) -> None:
+        """A step was launched: the device will have computed its chunks and drawn its tokens."""
+        for sequence, _, end in schedule.chunks:
+            if sequence.finish_reason is not None:  # by the step before, which was read meanwhile
+                continue
+            sequence.computed = end
+            self._commit(sequence)
+            if sequence.siblings and sequence.computed == sequence.length:
+                self._fork(sequence)
+        for row, sequence in enumerate(schedule.sampled):
+            sequence.unread, sequence.row = sequence.unread + 1, row
 
     def accept(self, schedule: Schedule, tokens: Iterable[int]) -> None:
-        """Write a step back: what was computed, and `tokens[i]` for `schedule.sampled[i]`."""
-        for sequence, _, end in schedule.chunks:
-            sequence.computed = end
-            self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
-            if sequence.siblings and sequence.computed == len(sequence.tokens):
-                self._fork(sequence)
+        """Read a step's draw: `tokens[i]` for `schedule.sampled[i]`, dropped where that is over."""
         for sequence, token in zip(schedule.sampled, tokens, strict=True):
-            sequence.tokens.append(token)
+            sequence.unread -= 1
+            if sequence.finish_reason is None:
+                sequence.tokens.append(token)
+                self._commit(sequence)
+
+    def forget(self, schedule: Schedule) -> None:
+        """The tokens of a launched step are lost: those that go on will draw them again."""
+        for sequence in schedule.sampled:
+            sequence.unread -= 1
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End a sequence, wherever it stands, and free its pages."""
@@ -120,11 +129,33 @@ class Scheduler:
         """Raise StrobeError where a page is lost, shared wrongly, or held by nobody."""
         self.cache.check(sequence.pages for sequence in self.running)
 
+    def _commit(self, sequence: Sequence) -> None:
+        """Make findable the pages whose tokens are known, and computed or about to be: whoever finds them
+        reads them in a later step. A token that is dropped later was never computed."""
+        self.cache.commit(sequence.pages, sequence.tokens, min(sequence.computed, len(sequence.tokens)))
+
+    def _continue(self, budget: int, chunks: list[Chunk], copies: list[PageCopy]) -> int | None:
+        """Chunks of the running sequences; the budget that is left, or None where some had to be left out."""
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            if sequence.output_len >= sequence.request.max_output:
+                continue  # its last token is drawn, and waits to be read
+            if not budget:
+                return None
+            start, end = sequence.computed, min(sequence.length, sequence.computed + budget)
+            if self.cache.missing(sequence.pages, start, end) and not self._grow(sequence, end, copies):
+                return None
+            chunks.append(Chunk(sequence, start, end))
+            budget -= end - start
+        return budget
+
     def _admit(self, budget: int, chunks: list[Chunk], copies: list[PageCopy]) -> None:
         seats = self.config.max_num_seqs - sum(1 + len(sequence.siblings) for sequence in self.running)
         while self.waiting and budget:
             sequence = self.waiting[0]
-            if 1 + len(sequence.siblings) > seats:
+            if sequence.unread or 1 + len(sequence.siblings) > seats:
                 return
             if sequence.prefix is None:
                 known = () if sequence.scores_prompt else sequence.tokens
