@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from strobe.bench import engine, engine_peers
-from strobe.bench.engine import Load, agree, latency, throughput
+from strobe.bench.engine import agree, latency, throughput
+from strobe.bench.engine_cases import Load
 from strobe.bench.engine_peers import Generation
-from strobe.engine import LLM, EngineConfig
+from strobe.bench.subject import subject
+from strobe.engine import EngineConfig
 from strobe.errors import CheckpointError, StrobeError, UnknownNameError
 
 VOCAB = 60
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
+def ours(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("bench")
@@ -28,51 +30,57 @@ def llm(tmp_path_factory):
         num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.4, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    with LLM(folder, device="cpu", config=EngineConfig(kv_cache_pages=64)) as llm:
-        yield llm
+    return subject(folder, None, device="cpu", config=EngineConfig(kv_cache_pages=64))
 
 
 @pytest.fixture(scope="module")
-def peer(llm):
-    return engine_peers.named("transformers", llm)
+def peer(ours):
+    return engine_peers.named("transformers", ours)
 
 
-def test_latency_rows_of_both_engines(llm, peer):
-    ours, theirs = latency(llm, peer, prompt=20, output=9, runs=2)
-    assert [ours["provider"], theirs["provider"]] == ["strobe", "transformers"]
-    assert ours["case"] == theirs["case"]
-    assert ours["checked"] is theirs["checked"] is True
-    for row in (ours, theirs):
+def test_latency_rows_of_both_engines(ours, peer):
+    first, second = latency(ours, peer, prompt=20, output=9, runs=2)
+    assert [first["provider"], second["provider"]] == ["strobe", "transformers"]
+    assert first["case"] == second["case"]
+    assert first["checked"] is second["checked"] is True
+    for row in (first, second):
         assert 0 < row["ttft_ms_min"] <= row["ttft_ms"] <= row["ttft_ms_max"]
         assert 0 < row["tpot_ms_min"] <= row["tpot_ms"] <= row["tpot_ms_max"]
         assert row["tpot_ms_p50"] <= row["tpot_ms_p99"]
         assert row["tok_s"] == pytest.approx(1e3 / row["tpot_ms"])
 
 
-def test_throughput_rows_count_wanted_tokens_alone(llm, peer):
+def test_throughput_rows_count_wanted_tokens_alone(ours, peer):
     load = Load(5, (3, 20), (2, 9), seed=3)
-    ours, theirs = throughput(llm, peer, load, runs=2, batches=(2, 4))
+    first, second = throughput(ours, peer, load, runs=2, batches=(2, 4))
     _, outputs = load.draw(VOCAB)
-    assert ours["checked"] is theirs["checked"] is True
-    assert ours["output_tokens"] == theirs["output_tokens"] == sum(outputs)
-    assert theirs["best_batch"] in (2, 4)
-    for row in (ours, theirs):
+    assert first["checked"] is second["checked"] is True
+    assert first["output_tokens"] == second["output_tokens"] == sum(outputs)
+    assert second["best_batch"] in (2, 4)
+    for row in (first, second):
         assert row["tok_s"] == pytest.approx(sum(outputs) / row["s"])
 
 
-def test_without_a_peer_nothing_was_checked(llm):
-    assert [row["checked"] for row in latency(llm, prompt=4, output=3, runs=1)] == [None]
-    assert [row["checked"] for row in throughput(llm, load=Load(2, (3, 4), (2, 3)), runs=1)] == [None]
+def test_without_a_peer_torchs_own_calls_are_the_judge(ours, monkeypatch):
+    assert [row["checked"] for row in latency(ours, prompt=4, output=3, runs=1)] == [True]
+    assert [row["checked"] for row in throughput(ours, load=Load(2, (3, 4), (2, 3)), runs=1)] == [True]
+    honest = engine_peers.Strobe.many
+
+    def lying(self, prompts, outputs):
+        return [tuple((token + 1) % VOCAB for token in answer) for answer in honest(self, prompts, outputs)]
+
+    monkeypatch.setattr(engine_peers.Strobe, "many", lying)
+    assert [row["checked"] for row in throughput(ours, load=Load(2, (3, 4), (2, 3)), runs=1)] == [False]
 
 
-def test_no_run_is_served_from_the_last_ones_pages(llm):
-    strobe = engine_peers.Strobe(llm)
+def test_no_run_is_served_from_the_last_ones_pages(ours):
+    strobe = engine_peers.Strobe(ours)
     prompt = [3] * 40
-    hits = llm.engine.stats().prefix_hits
+    hits = ours.engine.stats().prefix_hits
     for _ in range(2):
         strobe.one(prompt, 2)
         strobe.many([prompt], [2])
-    assert llm.engine.stats().prefix_hits == hits
+    assert ours.engine.stats().prefix_hits == hits
 
 
 def test_a_padded_batch_answers_as_each_prompt_alone(peer):
@@ -82,7 +90,7 @@ def test_a_padded_batch_answers_as_each_prompt_alone(peer):
     assert together == [peer.one(p, n).token_ids for p, n in zip(prompts, outputs, strict=True)]
 
 
-def test_an_engine_that_answers_otherwise_fails_the_check(llm, peer, monkeypatch):
+def test_an_engine_that_answers_otherwise_fails_the_check(ours, peer, monkeypatch):
     honest = engine_peers.Strobe.one
 
     def lying(self, prompt: Sequence[int], output: int) -> Generation:
@@ -91,7 +99,7 @@ def test_an_engine_that_answers_otherwise_fails_the_check(llm, peer, monkeypatch
         return Generation(wrong, answer.at_s)
 
     monkeypatch.setattr(engine_peers.Strobe, "one", lying)
-    assert [row["checked"] for row in latency(llm, peer, prompt=5, output=4, runs=1)] == [False, False]
+    assert [row["checked"] for row in latency(ours, peer, prompt=5, output=4, runs=1)] == [False, False]
 
 
 def test_tokens_may_differ_only_where_logits_tie():
@@ -119,8 +127,8 @@ def test_a_load_that_cannot_be_is_refused(load):
         Load(**load)
 
 
-def test_peers_that_cannot_be_are_refused(llm, tmp_path):
+def test_peers_that_cannot_be_are_refused(ours, tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean 'transformers'"):
-        engine_peers.named("transfomers", llm)
+        engine_peers.named("transfomers", ours)
     with pytest.raises(CheckpointError, match="no Hugging Face folder"):
-        engine_peers.Transformers(SimpleNamespace(path=tmp_path))
+        engine_peers.Transformers(SimpleNamespace(folder=tmp_path, model=None))

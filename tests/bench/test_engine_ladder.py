@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from strobe.attention import ladder as attention_ladder
-from strobe.bench import document, engine_ladder
+from strobe.bench import answers, document, subject
 from strobe.bench.engine_ladder import ON_CPU, ON_GPU, Configuration, measure
 from strobe.bench.results import Result
 from strobe.errors import DeviceError, SettingsError, StrobeError
@@ -32,7 +32,9 @@ def test_rows_are_compared_then_timed(model: Model) -> None:
     assert [row["provider"] for row in rows] == [f"strobe:{c.name}" for c in ON_CPU]
     for row in rows:
         assert row["checked"] is True
-        assert row["case"] == {"model": "small", "batch": 1, "prompt": 11, "output": 6, "dtype": "float32"}
+        assert row["case"] == {
+            "model": "small", "weights": "random", "batch": 1, "prompt": 11, "output": 6, "dtype": "float32",
+        }  # fmt: skip
         assert row["runs"] == 2
         assert row["tok_s"] == pytest.approx(1e3 / row["tpot_ms"])
 
@@ -60,24 +62,20 @@ def test_a_wrong_kernel_has_no_speed(model: Model, monkeypatch: pytest.MonkeyPat
         model, "small", [Configuration("x", "torch_online", "torch_linear")], output=20, prompt=9
     )
     assert row["checked"] is False
-    assert 0 <= row["first_difference"] < 20
+    assert 0 <= row["first_wrong"] < 20
     assert "tok_s" not in row
 
 
-def test_a_tie_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tie_is_no_mistake() -> None:
     model = shapes.random_model(SMALL, device="cpu", dtype=torch.float32)
+    prompt = torch.randint(200, (7,)).tolist()
+    told = answers.logits(model, prompt)[-1]
+    best = int(told.argmax())
+    assert answers.first_wrong(model, prompt, [best]) is None
+    assert answers.first_wrong(model, prompt, [int(told.argmin())]) == 0
+    assert answers.first_wrong(model, prompt, [best, best, best]) in (1, 2)
     model.weights.head.weight.zero_()  # every token as likely as every other
-    honest, calls = engine_ladder._generate, []
-
-    def other(engine, prompt, output):
-        calls.append(engine)
-        found = honest(engine, prompt, output)
-        return found if len(calls) == 1 else replace(found, token_ids=tuple(t + 1 for t in found.token_ids))
-
-    monkeypatch.setattr(engine_ladder, "_generate", other)
-    (row,) = measure(model, "small", ON_CPU[:1], prompt=3, output=4, runs=1)
-    assert (row["checked"], row["first_difference"]) == (True, 0)
-    assert row["tok_s"] > 0
+    assert answers.first_wrong(model, prompt, [5, 0, 199]) is None
 
 
 @pytest.mark.parametrize("configuration", [*ON_GPU, *ON_CPU], ids=lambda c: c.name)
@@ -92,18 +90,18 @@ def test_mistakes_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
         list(measure(model, "small", ON_CPU, prompt=60, output=10))
     with pytest.raises(StrobeError, match="prompt 0, output 5"):
         list(measure(model, "small", ON_CPU, prompt=0, output=5))
-    monkeypatch.setattr(engine_ladder, "free_memory", lambda device: 2 << 30)
+    monkeypatch.setattr(subject, "free_memory", lambda device: 2 << 30)
     with pytest.raises(DeviceError, match=r"llama2-7b takes 12\.6 GiB in bfloat16; 2\.0 GiB are free on cpu"):
-        engine_ladder.random_model("llama2-7b", "cpu", torch.bfloat16)
+        subject.random_model("llama2-7b", "cpu", torch.bfloat16)
 
 
 def test_table_shows_speeds_refusals_and_mistakes(model: Model) -> None:
     rows = list(measure(model, "small", [ON_CPU[0], ON_GPU[0], ON_CPU[2]], prompt=5, output=3, runs=1))
-    rows.append({**rows[0], "provider": "strobe:bad", "checked": False, "first_difference": 2})
+    rows.append({**rows[0], "provider": "strobe:bad", "checked": False, "first_wrong": 2})
     del rows[-1]["tok_s"]
     _, make = document.TABLES["engine_ladder"]
     table = make(Result("engine_ladder", rows))
-    assert table.startswith("small, one request, prompt 5, output 3, float32:\n")
+    assert table.startswith("small (random weights), one request, prompt 5, output 3, float32:\n")
     naive, refused, fused, bad = table.splitlines()[4:]
     assert f"{rows[0]['tok_s']:.4g}" in naive
     assert "refused" in refused

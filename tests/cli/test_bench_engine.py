@@ -51,8 +51,8 @@ def test_tables(bench: Cli) -> None:
     for args in (LATENCY, THROUGHPUT):
         alone = bench(*args).out
         assert "strobe" in alone
-        assert "same tokens" not in alone
-        assert "same tokens: yes" in bench(*args, "--vs", "transformers").out
+        assert "tokens hold: yes" in alone
+        assert "times transformers's tok/s" in bench(*args, "--vs", "transformers").out
 
 
 def test_a_wrong_answer_is_told(bench: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_a_wrong_answer_is_told(bench: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(engine.Strobe, "one", wrong)
     outcome = bench(*LATENCY, "--vs", "transformers")
-    assert "same tokens: NO" in outcome.out
+    assert "tokens hold: NO" in outcome.out
 
 
 @pytest.mark.parametrize(

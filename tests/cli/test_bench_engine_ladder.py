@@ -31,7 +31,8 @@ def test_random_weights_are_said_to_be(cli: Cli, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(shapes.SHAPES, "llama3-8b", replace(shapes.SHAPES["llama3-8b"], **small))
     outcome = cli(*SHORT, "--random", "llama3-8b", "--dtype", "bfloat16", "--json")
     for row in json.loads(outcome.out)["rows"]:
-        assert (row["case"]["model"], row["case"]["dtype"]) == ("llama3-8b (random weights)", "bfloat16")
+        assert (row["case"]["model"], row["case"]["dtype"]) == ("llama3-8b", "bfloat16")
+        assert row["case"]["weights"] == "random"
 
 
 @pytest.mark.parametrize(

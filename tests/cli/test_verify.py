@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+from strobe.bench.results import Result
+from strobe.models import shapes
 
 from .conftest import Cli
 
@@ -70,6 +74,52 @@ def test_other_weights_are_found_out(cli: Cli, model_folder: Path, monkeypatch: 
     outcome = cli("verify", str(model_folder), "--device", "cpu", "--max-tokens", "4", "--json")
     assert outcome.code == 1
     assert json.loads(outcome.out)["logit_difference"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_weights_of_every_shape_agree(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    for name, shape in shapes.SHAPES.items():
+        gpt2 = shape.rope is None
+        sizes = {"layers": 2, "hidden": 48, "intermediate": 192 if gpt2 else 80, "q_heads": 4, "head_dim": 12}
+        sizes |= {"kv_heads": 4 if gpt2 else 2, "vocab_size": 199, "max_position": 128}
+        monkeypatch.setitem(shapes.SHAPES, name, replace(shape, **sizes))
+    saved = tmp_path / "verify.json"
+    flags = ("--device", "cpu", "--dtype", dtype, "--max-tokens", "12", "--save", str(saved), "--json")
+    outcome = cli("verify", "--random", "all", *flags)
+    found = json.loads(outcome.out)
+    assert [each["model"] for each in found] == list(shapes.SHAPES)
+    assert outcome.code == 0, found
+    assert all(each["agrees"] for each in found)
+    assert [row["checked"] for row in Result.load(saved).rows] == [True] * len(found)
+    if dtype == "float32":
+        assert all(each["greedy_equal"] == 36 and not each["differences"] for each in found)
+    for difference in (each for model in found for each in model["differences"]):
+        assert difference["transformers_logprob"] >= difference["strobe_logprob"]
+        assert difference["strobe_token"] != difference["transformers_token"]
+
+
+def test_a_first_difference_is_told_with_its_gap(
+    cli: Cli, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from strobe.bench import engine_peers
+
+    honest = engine_peers.Strobe.one
+
+    def lying(self, prompt, output):
+        found = honest(self, prompt, output)
+        tokens = found.token_ids
+        return replace(found, token_ids=tuple(t ^ (i == 3) for i, t in enumerate(tokens)))
+
+    monkeypatch.setattr(engine_peers.Strobe, "one", lying)
+    outcome = cli("verify", str(model_folder), "--device", "cpu", "--max-tokens", "6", "--json")
+    differences = json.loads(outcome.out)["differences"]
+    assert [each["at"] for each in differences] == [3, 3, 3]
+    assert all(each["transformers_logprob"] > each["strobe_logprob"] for each in differences)
+    assert all(each["logprob_error"] < 1e-4 for each in differences)
+    assert outcome.code == 1
+    assert "prompt 2 differs at 3" in cli("verify", str(model_folder), "--device", "cpu", "-n", "6").out
 
 
 def test_format_that_transformers_cannot_read(cli: Cli, tmp_path: Path) -> None:

@@ -161,14 +161,15 @@ def _engine_ladder(result: Result) -> str:
         lines.append([name, *kernels, *figures, over])
         before = row["tok_s"]
     case = result.rows[0]["case"]
-    about = f"{case['model']}, one request, prompt {case['prompt']}, output {case['output']}, {case['dtype']}"
+    named = case["model"] + (f" ({case['weights']} weights)" if "weights" in case else "")
+    about = f"{named}, one request, prompt {case['prompt']}, output {case['output']}, {case['dtype']}"
     head = [
         "engine",
         "attention",
         "matmul",
         "first token, ms",
         "tok/s",
-        "GB/s of weights",
+        "GB/s",
         "times the one before",
     ]
     return f"{about}:\n\n{tables.markdown(head, lines)}"

@@ -5,21 +5,18 @@ Each configuration keeps what the one before brought and replaces one thing.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from strobe.bench.engine import TIE, latency_figures
-from strobe.bench.engine_peers import Generation
+from strobe.bench.answers import first_wrong
+from strobe.bench.engine import latency_figures
+from strobe.bench.engine_cases import Batch
+from strobe.bench.engine_peers import Strobe
 from strobe.bench.results import Row
-from strobe.bench.verify import logits
-from strobe.engine import Engine, EngineConfig, Request, SamplingParams
-from strobe.engine.memory import GIB, free_memory
-from strobe.errors import DeviceError, KernelRefusedError, StrobeError
-from strobe.models import shapes
+from strobe.bench.subject import Subject
+from strobe.engine import Engine, EngineConfig
+from strobe.errors import KernelRefusedError
 from strobe.models.network import Model
 
 PAGE_SIZE = 16
@@ -33,9 +30,6 @@ class Configuration:
     attention_kernel: str
     linear_kernel: str
 
-
-REFERENCE = Configuration("reference", "torch_naive", "torch_linear")
-"""PyTorch's own calls, which every configuration's tokens are compared with."""
 
 ON_GPU = (
     Configuration("naive_matmul", "torch_naive", "cuda_matmul_naive"),
@@ -53,74 +47,49 @@ ON_CPU = (
 )
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype) -> Model:
-    """A published shape with random weights, for `measure`.
-
-    Raises:
-        UnknownNameError: no such shape.
-        DeviceError: its weights do not fit the device's free memory.
-    """
-    config = shapes.named(shape)
-    needed, free = shapes.weight_bytes(config, dtype), free_memory(torch.device(device))
-    if needed > free:
-        raise DeviceError(
-            f"{shape} takes {needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}; "
-            f"{free / GIB:.1f} GiB are free on {device}",
-            hint=f"shapes: {', '.join(shapes.SHAPES)}",
-        )
-    return shapes.random_model(config, device=device, dtype=dtype)
-
-
 def measure(
     model: Model,
     name: str,
     configurations: Sequence[Configuration],
     *,
+    folder: Path | None = None,
     prompt: int = 128,
     output: int = 128,
     runs: int = 3,
 ) -> Iterator[Row]:
     """A row a configuration: one request of random token ids, greedy, alone in the engine.
 
-    A row's `first_difference` is the index of the first output token that is not the reference's, None
-    where all are; `checked` says that the reference's own logits tie there. A configuration whose
-    kernels refuse has a row with `refused`, their reasons, and no figures.
+    `folder` is the model's; None where its weights are random. `checked` says that PyTorch's own calls
+    would have written the same tokens, or others only in a tie; else `first_wrong` is the first output
+    token that they would not have, and there are no figures. A configuration whose kernels refuse has a
+    row with `refused`, their reasons.
 
     Raises:
         SettingsError: the model's context does not hold the prompt and the output.
         StrobeError: no prompt, or an output of less than two tokens.
     """
-    if prompt < 1 or output < 2:
-        raise StrobeError(f"prompt {prompt}, output {output}; supported: 1 and up, 2 and up")
-    rng = random.Random(0)  # noqa: S311 - tokens of a benchmark
-    tokens = [rng.randrange(model.config.vocab_size) for _ in range(prompt)]
-    case = {
-        "model": name,
-        "batch": 1,
-        "prompt": prompt,
-        "output": output,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    expected = _generate(_engine(model, REFERENCE, prompt + output), tokens, output).token_ids
+    case = Batch(1, prompt, output)
+    tokens = case.jobs(model.config.vocab_size, 1)[0].prompts[0]
     for configuration in configurations:
+        subject = Subject(name, _engine(model, configuration, prompt + output), folder)
+        engine = Strobe(subject)
         row: Row = {
-            "case": case,
+            "case": subject.case(**case.sizes()),
             "provider": f"strobe:{configuration.name}",
             "attention_kernel": configuration.attention_kernel,
             "linear_kernel": configuration.linear_kernel,
         }
-        engine = _engine(model, configuration, prompt + output)
         try:
-            given = _generate(engine, tokens, output).token_ids
+            given = engine.one(tokens, output).token_ids
         except KernelRefusedError as error:
             yield row | {"checked": None, "refused": str(error)}
             continue
-        at = next((i for i, (a, b) in enumerate(zip(given, expected, strict=True)) if a != b), None)
-        right = at is None or _ties(model, [*tokens, *expected[:at]], given[at], expected[at])
-        row |= {"checked": right, "first_difference": at}
-        if right:
-            row |= latency_figures(model, [_generate(engine, tokens, output) for _ in range(runs)])
-        yield row
+        wrong = first_wrong(model, tokens, given)
+        if wrong is not None:
+            yield row | {"checked": False, "first_wrong": wrong}
+            continue
+        done = [engine.one(tokens, output) for _ in range(runs)]
+        yield row | {"checked": True} | latency_figures(model, done, prompt)
 
 
 def _engine(model: Model, configuration: Configuration, context: int) -> Engine:
@@ -135,24 +104,3 @@ def _engine(model: Model, configuration: Configuration, context: int) -> Engine:
         linear_kernel=configuration.linear_kernel,
     )
     return Engine(model, None, config)
-
-
-def _generate(engine: Engine, prompt: Sequence[int], output: int) -> Generation:
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-    tokens: list[int] = []
-    at: list[float] = []
-    start = time.perf_counter()
-    engine.add(Request("0", tuple(prompt), params, stream=True))
-    while engine.has_work:
-        for chunk in engine.step():
-            tokens += chunk.token_ids
-            at.append(time.perf_counter() - start)
-    return Generation(tuple(tokens), tuple(at))
-
-
-def _ties(model: Model, prefix: Sequence[int], given: int, expected: int) -> bool:
-    """True where the reference's logits after `prefix` are too close for the dtype to tell them apart."""
-    kernels = {"attention_kernel": REFERENCE.attention_kernel, "linear_kernel": REFERENCE.linear_kernel}
-    scores = logits(model, list(prefix), **kernels)[-1]
-    share = max(TIE, 4 * torch.finfo(model.dtype).eps)
-    return bool((scores[expected] - scores[given]).abs() <= share * scores.abs().max())

@@ -1,19 +1,18 @@
-"""Other engines over the same checkpoint, each called as it is meant to be, for timing beside strobe."""
+"""Engines that are timed in this process, strobe's own and transformers', each as it is meant to be used."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from strobe.bench.foreign import transformers_network
+from strobe.bench.subject import Subject
+from strobe.engine import Request, SamplingParams
 from strobe.errors import CheckpointError, MissingExtraError, UnknownNameError
-
-if TYPE_CHECKING:
-    from strobe.engine import LLM
 
 
 @dataclass(frozen=True)
@@ -29,36 +28,46 @@ class Strobe:
 
     name = "strobe"
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
+    def __init__(self, subject: Subject) -> None:
+        self.engine = subject.engine
 
     def one(self, prompt: Sequence[int], output: int) -> Generation:
         self._forget()
         tokens: list[int] = []
         at: list[float] = []
         start = time.perf_counter()
-        for chunk in self.llm.stream(prompt, self._params(output)):
-            tokens += chunk.token_ids
-            at.append(time.perf_counter() - start)
+        self.engine.add(Request("0", tuple(prompt), _greedy(output), stream=True))
+        while self.engine.has_work:
+            for chunk in self.engine.step():
+                tokens += chunk.token_ids
+                at += [time.perf_counter() - start] * len(chunk.token_ids)
         return Generation(tuple(tokens), tuple(at))
 
     def many(self, prompts: Sequence[Sequence[int]], outputs: Sequence[int]) -> list[tuple[int, ...]]:
         """Every prompt's greedy tokens, all served together."""
         self._forget()
-        answers = self.llm.generate(list(prompts), [self._params(output) for output in outputs])
-        return [answer.token_ids for answer in answers]
+        requests = [
+            Request(str(index), tuple(prompt), _greedy(output))
+            for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+        ]
+        for request in requests:
+            self.engine.add(request)
+        while self.engine.has_work:
+            self.engine.step()
+        return [request.output().outputs[0].token_ids for request in requests]
 
     def _forget(self) -> None:
-        self.llm.engine.scheduler.cache.clear()
+        self.engine.scheduler.cache.clear()
 
-    def _params(self, output: int) -> Any:
-        from strobe.engine import SamplingParams
 
-        return SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+def _greedy(output: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
 
 
 class Transformers:
     """transformers' `generate` in the model's own dtype, on its device; batches are padded on the left.
+
+    Random weights are shared with strobe's network; a checkpoint is read once more.
 
     Raises:
         CheckpointError: the checkpoint is no Hugging Face folder, the only kind that transformers reads.
@@ -67,21 +76,23 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, llm: LLM) -> None:
-        path: Path = llm.path
-        if not (path / "config.json").is_file():
+    def __init__(self, subject: Subject) -> None:
+        path, ours = subject.folder, subject.model
+        if path is not None and not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is no Hugging Face folder, the only kind that transformers reads")
         try:
             from transformers import AutoModelForCausalLM, GenerationConfig, logging
         except ImportError:
             raise MissingExtraError.of("transformers", "integrations") from None
         logging.disable_progress_bar()
-        ours = llm.engine.model
-        loader: Any = AutoModelForCausalLM
-        model = loader.from_pretrained(
-            path, dtype=ours.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        self.model = model.to(ours.device).eval()
+        if path is None:
+            self.model = transformers_network(ours)
+        else:
+            loader: Any = AutoModelForCausalLM
+            model = loader.from_pretrained(
+                path, dtype=ours.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+            self.model = model.to(ours.device).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     def one(self, prompt: Sequence[int], output: int) -> Generation:
@@ -142,8 +153,8 @@ class _Clock:
 PEERS = {"transformers": Transformers}
 
 
-def named(name: str, llm: LLM) -> Transformers:
+def named(name: str, subject: Subject) -> Transformers:
     """The peer of this name, loaded. Raises UnknownNameError."""
     if name not in PEERS:
         raise UnknownNameError.among("peer", name, PEERS)
-    return PEERS[name](llm)
+    return PEERS[name](subject)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from strobe.cli import bench_attention, bench_engine, bench_engine_ladder, bench_serve
+from strobe.cli import bench_attention, bench_engine, bench_engine_ladder, bench_engine_suite, bench_serve
 
 app = typer.Typer(help="Measure kernels and the engine, beside their peers.", no_args_is_help=True)
 app.command("latency")(bench_engine.latency)
 app.command("throughput")(bench_engine.throughput)
+app.command("engine")(bench_engine_suite.engine)
 app.command("serve")(bench_serve.serve)
 app.command("engine-ladder")(bench_engine_ladder.engine_ladder)
 app.command("attention")(bench_attention.attention)

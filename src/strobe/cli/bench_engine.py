@@ -1,4 +1,4 @@
-"""`strobe bench latency` and `throughput`: the engine on a real model, beside transformers."""
+"""`strobe bench latency` and `throughput`: the engine on a model or on random weights, beside others."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from strobe.cli import console, options
-from strobe.cli.load import load
-from strobe.errors import StrobeError
+from strobe import device as devices
+from strobe import settings
+from strobe.cli import bench_options, console, options
 
 if TYPE_CHECKING:
+    from strobe.bench.engine_cases import Case, Network
     from strobe.bench.results import Row
+    from strobe.bench.subject import Subject
 
-Vs = Annotated[str | None, typer.Option(help="Time this beside strobe: transformers.", show_default=False)]
-Runs = Annotated[int, typer.Option(help="Times that each is measured; strobe and the peer take turns.")]
+PEERS = ("transformers", "vllm", "vllm-in-process")
+Vs = Annotated[
+    str | None,
+    typer.Option(
+        help="Time these beside strobe: transformers, vllm, vllm-in-process (random weights).",
+        show_default=False,
+    ),
+]
 
 
 def latency(
     model: options.Model = None,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
-    output: Annotated[int, typer.Option(help="Output tokens.")] = 128,
-    runs: Runs = 5,
+    random: bench_options.Random = None,
+    prompt: bench_options.Prompt = 128,
+    output: bench_options.Output = 128,
+    runs: bench_options.Runs = 5,
     vs: Vs = None,
+    engine: bench_options.EngineOptions = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     kernel: options.Kernel = None,
@@ -34,12 +44,18 @@ def latency(
     json: options.Json = False,
 ) -> None:
     """One request at a time: time to first token, and between tokens. Answers are compared first."""
-    from strobe.bench import engine, engine_peers
+    from strobe.bench import engine as bench
+    from strobe.bench import engine_peers
+    from strobe.bench.engine_cases import Batch
 
-    _check(plot, runs)
-    with load(model, device=device, dtype=dtype, kernel=kernel, linear=linear) as llm:
-        peer = engine_peers.named(vs, llm) if vs else None
-        rows = engine.latency(llm, peer, prompt=prompt, output=output, runs=runs)
+    case = Batch(1, prompt, output)
+    peers = _check(plot, runs, vs, random)
+    subject = _subject(model, random, engine, device=device, dtype=dtype, kernel=kernel, linear=linear)
+    peer = engine_peers.named("transformers", subject) if "transformers" in peers else None
+    rows = bench.latency(subject, peer, prompt=prompt, output=output, runs=runs)
+    network = _network(subject)
+    del subject, peer
+    rows += _vllm_rows(random, peers, case, runs, network)
     title = f"{rows[0]['case']['model']}, prompt {prompt}, output {output}, {rows[0]['case']['dtype']}"
     columns = {
         "ttft_ms": "first token, ms",
@@ -47,17 +63,21 @@ def latency(
         "tpot_ms_p50": "p50",
         "tpot_ms_p99": "p99",
         "tok_s": "tok/s",
+        "gbps": "GB/s",
+        "floor_percent": "% of the floor",
     }
     _report("latency", rows, title, columns, plot=plot, save=save, commit=commit, json=json)
 
 
 def throughput(
     model: options.Model = None,
+    random: bench_options.Random = None,
     requests: Annotated[int, typer.Option(help="Requests, all sent at once.")] = 32,
     prompt: Annotated[tuple[int, int], typer.Option(help="Shortest and longest prompt, tokens.")] = (16, 256),
     output: Annotated[tuple[int, int], typer.Option(help="Shortest and longest output, tokens.")] = (16, 256),
-    runs: Runs = 3,
+    runs: bench_options.Runs = 3,
     vs: Vs = None,
+    engine: bench_options.EngineOptions = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     kernel: options.Kernel = None,
@@ -67,27 +87,92 @@ def throughput(
     commit: options.Commit = None,
     json: options.Json = False,
 ) -> None:
-    """Many requests of mixed lengths: output tokens a second. The peer gets its best batch size."""
-    from strobe.bench import engine, engine_peers
+    """Many requests of mixed lengths: output tokens a second. transformers gets its best batch size."""
+    from strobe.bench import engine as bench
+    from strobe.bench import engine_peers
+    from strobe.bench.engine_cases import Load
 
-    _check(plot, runs)
-    work = engine.Load(requests, prompt, output)
-    with load(model, device=device, dtype=dtype, kernel=kernel, linear=linear) as llm:
-        peer = engine_peers.named(vs, llm) if vs else None
-        rows = engine.throughput(llm, peer, work, runs=runs)
+    work = Load(requests, prompt, output)
+    peers = _check(plot, runs, vs, random)
+    subject = _subject(model, random, engine, device=device, dtype=dtype, kernel=kernel, linear=linear)
+    peer = engine_peers.named("transformers", subject) if "transformers" in peers else None
+    rows = bench.throughput(subject, peer, work, runs=runs)
+    network = _network(subject)
+    if network.roof is not None:
+        for row in rows:
+            taken = [[row["s_min"], row["s"], row["s_max"]]]
+            row["floor_percent"] = work.figures(taken, network)["floor_percent"]
+    del subject, peer
+    rows += _vllm_rows(random, peers, work, runs, network)
     lengths = f"prompts {prompt[0]} to {prompt[1]}, outputs {output[0]} to {output[1]}"
     title = f"{rows[0]['case']['model']}, {requests} requests, {lengths}, {rows[0]['case']['dtype']}"
-    columns = {"tok_s": "tok/s", "s": "seconds", "s_min": "least", "s_max": "most", "best_batch": "batch"}
+    columns = {
+        "tok_s": "tok/s",
+        "s": "seconds",
+        "s_min": "least",
+        "s_max": "most",
+        "best_batch": "batch",
+        "floor_percent": "% of the floor",
+    }
     _report("throughput", rows, title, columns, plot=plot, save=save, commit=commit, json=json)
 
 
-def _check(plot: Path | None, runs: int) -> None:
-    from strobe.bench import plots
+def _check(plot: Path | None, runs: int, vs: str | None, random: str | None) -> tuple[str, ...]:
+    """Everything that can be said to be wrong before anything is loaded. The peers' names."""
+    from strobe.bench import plots, vllm
+    from strobe.errors import StrobeError
 
     if plot is not None:
         plots.check_path(plot)
-    if not 1 <= runs <= 1000:
-        raise StrobeError(f"runs is {runs}; supported: 1 to 1000")
+    bench_options.check_runs(runs)
+    peers = bench_options.names(vs, PEERS)
+    if any(name in vllm.MODES for name in peers):
+        if random is None:
+            raise StrobeError("vLLM is measured on random weights", hint="--random llama3-8b")
+        vllm.check_installed()
+    return peers
+
+
+def _subject(
+    model: str | None,
+    random: str | None,
+    engine: list[str] | None,
+    *,
+    device: str | None,
+    dtype: str,
+    kernel: str | None,
+    linear: str | None,
+) -> Subject:
+    from strobe.bench.subject import subject
+
+    chosen = settings.load(device=device, kernel=kernel, linear=linear)
+    config = bench_options.engine_config(engine, attention_kernel=chosen.kernel, linear_kernel=chosen.linear)
+    return subject(model, random, device=devices.resolve(chosen.device), dtype=dtype, config=config)
+
+
+def _network(subject: Subject) -> Network:
+    from strobe.bench.ceilings import ceilings
+    from strobe.bench.engine_cases import Network
+
+    on_gpu = subject.model.device.type == "cuda"
+    roof = ceilings("cuda", subject.dtype) if on_gpu else None
+    return Network(subject.model.config, subject.model.dtype, roof)
+
+
+def _vllm_rows(
+    shape: str | None, peers: tuple[str, ...], case: Case, runs: int, network: Network
+) -> list[Row]:
+    from strobe.bench import engine_suite, vllm
+    from strobe.bench.memory import let_go
+
+    let_go()
+    plan = engine_suite.Plan((case,), runs)
+    return [
+        row
+        for peer in peers
+        if peer in vllm.MODES and shape is not None
+        for row in engine_suite.in_vllm(shape, peer, plan, network)
+    ]
 
 
 def _report(
@@ -103,24 +188,23 @@ def _report(
 ) -> None:
     """Write what was asked for: the result file, the figure, and JSON or a table on stdout."""
     from strobe.bench import plots
-    from strobe.bench.results import Result, default_path
 
-    result = Result.here(bench, rows, commit=commit)
-    if save is not None:
-        result.save(default_path(bench) if str(save) == "auto" else save)
     if plot is not None:
         panels = {"latency": ["ttft_ms", "tpot_ms"], "throughput": ["tok_s"]}[bench]
         plots.bars(rows, {field: columns[field] for field in panels}, plot, title)
-    if json:
-        console.write_json(result.__dict__)
+    if bench_options.finish(bench, rows, save=save, commit=commit, json=json):
         return
     console.write(f"{title}\n\n")
     shown = {field: name for field, name in columns.items() if any(field in row for row in rows)}
     table = [[row["provider"], *(_cell(row, field) for field in shown)] for row in rows]
     console.write_table(["", *shown.values()], table)
-    if len(rows) == 2:
-        console.write(f"\nsame tokens: {'yes' if rows[0]['checked'] else 'NO'}; ")
-        console.write(f"strobe: {rows[0]['tok_s'] / rows[1]['tok_s']:.2f} times the tok/s\n")
+    console.write(f"\ntokens hold: {'yes' if rows[0]['checked'] else 'NO'}")
+    for row in rows[1:]:
+        if "tok_s" in row:
+            console.write(f"; strobe: {rows[0]['tok_s'] / row['tok_s']:.2f} times {row['provider']}'s tok/s")
+        else:
+            console.write(f"; {row['provider']} failed: {row['failed']}")
+    console.write("\n")
 
 
 def _cell(row: dict[str, Any], field: str) -> str:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from strobe import device as devices
 from strobe import settings
-from strobe.cli import console, options
-from strobe.errors import StrobeError, UnknownNameError
+from strobe.cli import bench_options, console, options
 
 if TYPE_CHECKING:
     from strobe.bench.results import Row
-    from strobe.models.network import Model
 
 
 def engine_ladder(
     model: options.Model = None,
-    random: Annotated[
-        str | None,
-        typer.Option(
-            help="Random weights of a published shape, in a model's place: llama2-7b, llama3-8b or "
-            "llama3.2-1b.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
-    output: Annotated[int, typer.Option(help="Output tokens.")] = 128,
-    runs: Annotated[int, typer.Option(help="Times that each is measured.")] = 3,
+    random: bench_options.Random = None,
+    prompt: bench_options.Prompt = 128,
+    output: bench_options.Output = 128,
+    runs: bench_options.Runs = 3,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     save: options.Save = None,
@@ -37,34 +26,30 @@ def engine_ladder(
 ) -> None:
     """Tokens a second of one Llama, one request, with naive kernels, then with each faster one added.
 
-    Every configuration's greedy tokens are first compared with those of PyTorch's own calls.
+    Every configuration's greedy tokens are first held against the logits of PyTorch's own calls.
     """
     from strobe.bench import engine_ladder as bench
-    from strobe.bench.results import Result, default_path
+    from strobe.bench.subject import find_network
 
-    if not 1 <= runs <= 1000:
-        raise StrobeError(f"runs is {runs}; supported: 1 to 1000")
-    if model is not None and random is not None:
-        raise StrobeError("--model and --random are both given", hint="give one of them")
+    bench_options.check_runs(runs)
     where = devices.resolve(settings.load(device=device).device)
-    network, name = _network(model, random, where, dtype)
+    network, _, name, folder = find_network(model, random, device=where, dtype=dtype)
     configurations = bench.ON_GPU if where.startswith("cuda") else bench.ON_CPU
     rows: list[Row] = []
     bar, task = console.progress(len(configurations), "engines")
     with bar:
-        for row in bench.measure(network, name, configurations, prompt=prompt, output=output, runs=runs):
+        for row in bench.measure(
+            network, name, configurations, folder=folder, prompt=prompt, output=output, runs=runs
+        ):
             rows.append(row)
             bar.advance(task)
-    result = Result.here("engine_ladder", rows, commit=commit)
-    if save is not None:
-        result.save(default_path("engine_ladder") if str(save) == "auto" else save)
-    if json:
-        console.write_json(result.__dict__)
+    if bench_options.finish("engine_ladder", rows, save=save, commit=commit, json=json):
         return
     case = rows[0]["case"]
-    console.write(f"{name}, prompt {prompt}, output {output}, {case['dtype']} on {where}\n\n")
+    named = name if folder is not None else f"{name} (random weights)"
+    console.write(f"{named}, prompt {prompt}, output {output}, {case['dtype']} on {where}\n\n")
     console.write_table(
-        ["engine", "attention", "matmul", "first token, ms", "tok/s", "over the one before", "same tokens"],
+        ["engine", "attention", "matmul", "first token, ms", "tok/s", "GB/s", "over the one before"],
         _lines(rows),
     )
     if configurations is bench.ON_CPU:
@@ -72,43 +57,16 @@ def engine_ladder(
         console.write(f"\non an NVIDIA GPU: {', '.join(kernels)}\n")
 
 
-def _network(model: str | None, shape: str | None, where: str, dtype: str) -> tuple[Model, str]:
-    """The network, and what to call it."""
-    from strobe.bench.engine_ladder import random_model
-    from strobe.checkpoints.load import DTYPES, load
-
-    if shape is None:
-        checkpoint = load(model, device=where, dtype=dtype)
-        return checkpoint.model, checkpoint.name
-    if dtype == "auto":
-        dtype = "bfloat16" if where.startswith("cuda") else "float32"
-    if dtype not in DTYPES:
-        raise UnknownNameError.among("dtype", dtype, ["auto", *DTYPES])
-    return random_model(shape, where, DTYPES[dtype]), f"{shape} (random weights)"
-
-
 def _lines(rows: list[Row]) -> list[list[str]]:
     lines, before = [], None
     for row in rows:
         head = [row["provider"].removeprefix("strobe:"), row["attention_kernel"], row["linear_kernel"]]
         if "tok_s" not in row:
-            lines.append(
-                [*head, "–", "–", "–", row.get("refused") or f"WRONG from {row['first_difference']}"]
-            )
+            why = row.get("refused") or f"WRONG from token {row['first_wrong']}"
+            lines.append([*head, "–", "–", "–", why])
             continue
         over = "" if before is None else f"{row['tok_s'] / before:.2f}x"
-        lines.append(
-            [
-                *head,
-                f"{row['ttft_ms']:.4g}",
-                f"{row['tok_s']:.4g}",
-                over,
-                _same_tokens(row["first_difference"]),
-            ]
-        )
+        figures = [f"{row[field]:.4g}" for field in ("ttft_ms", "tok_s", "gbps")]
+        lines.append([*head, *figures, over])
         before = row["tok_s"]
     return lines
-
-
-def _same_tokens(first_difference: int | None) -> str:
-    return "all" if first_difference is None else f"{first_difference}, then a tie"
