@@ -5,10 +5,21 @@ GELU: Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from strobe.cuda import jit
+from strobe.ops import kernels
+
+FASTEST_FIRST = ("torch",)
+"""What `swiglu(kernel="auto")` tries on a GPU. "cuda", which has not been timed, is there by name."""
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_THREADS = 256
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -23,8 +34,17 @@ def gelu_tanh_reference(x: torch.Tensor) -> torch.Tensor:
     return (0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))).to(x.dtype)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`[..., 2n]`, the gate's n features first → `[..., n]`."""
+def swiglu(gate_up: torch.Tensor, *, kernel: str = "auto") -> torch.Tensor:
+    """`[..., 2n]`, the gate's n features first → `[..., n]`.
+
+    On a GPU, `kernel` is "torch", "cuda" (a launch of our own, chained to the kernels around it), or
+    "auto", the first of `FASTEST_FIRST` that fits.
+
+    Raises:
+        UnknownNameError, KernelRefusedError: as `kernels.choose`.
+    """
+    if (gate_up.device.type != "cpu" or kernel != "auto") and _chosen(kernel, gate_up) == "cuda":
+        return _launch(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -32,3 +52,26 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x of any shape → like x."""
     return F.gelu(x, approximate="tanh")
+
+
+def sources(arch: str) -> list[jit.Source]:
+    return [jit.Source(_SOURCE, {"scalar_t": scalar}) for scalar in kernels.SCALAR.values()]
+
+
+def _chosen(kernel: str, gate_up: torch.Tensor) -> str:
+    def refused() -> list[str]:
+        return kernels.refusals(gate_up, gate_up[..., : gate_up.shape[-1] // 2])
+
+    return kernels.choose("swiglu", kernel, FASTEST_FIRST, torch=kernels.refuses_nothing, cuda=refused)
+
+
+def _launch(gate_up: torch.Tensor) -> torch.Tensor:
+    columns = gate_up.shape[-1] // 2
+    out = gate_up.new_empty((*gate_up.shape[:-1], columns))
+    vectors = out.nbytes // 16
+    if vectors:
+        defines = {"scalar_t": kernels.SCALAR[gate_up.dtype]}
+        launch = jit.kernel(_SOURCE, "swiglu", defines, gate_up.get_device())
+        args = [gate_up, out, ctypes.c_int(columns), ctypes.c_int(vectors)]
+        launch(-(-vectors // _THREADS), _THREADS, args, programmatic=kernels.programmatic(gate_up))
+    return out

@@ -69,6 +69,14 @@ template <class T> __device__ __forceinline__ void to_floats(uint4 raw, float (&
 template <class T> __device__ __forceinline__ void load_floats(const T* p, float (&y)[VEC<T>]) {
   to_floats(*reinterpret_cast<const uint4*>(p), y, T{});
 }
+// To 16 aligned bytes at `p`, rounded.
+__device__ __forceinline__ void store_floats(float* p, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+}
+template <class T> __device__ __forceinline__ void store_floats(T* p, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+}
 
 // --- functions ------------------------------------------------------------------------------------
 
