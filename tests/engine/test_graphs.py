@@ -1,0 +1,154 @@
+"""Padding, the choice of a size, and what a replay reads: on a CPU, with recordings in place of graphs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from strobe.engine import runner
+from strobe.engine.config import EngineConfig
+from strobe.engine.engine import Engine
+from strobe.engine.graphs import DecodeGraphs, sizes_upto
+from strobe.engine.inputs import inputs_of, padded, table_width
+from strobe.engine.request import Request, Sequence
+from strobe.engine.sampling_params import SamplingParams
+from strobe.engine.scheduler import Chunk, Schedule
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+
+
+class Recorded:
+    """Runs the first work of a size again, into one tensor. What lies in it between runs is no answer."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def record(self, work):
+        self.recorded += 1
+        static = torch.full_like(work(), float("nan"))
+
+        def replay() -> None:
+            self.replayed += 1
+            static.copy_(work())
+
+        return static, replay
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (8, (1, 2, 4, 8)),
+        (20, (1, 2, 4, 8, 16, 20)),
+        (32, (1, 2, 4, 8, 16, 24, 32)),
+    ],
+)
+def test_sizes(rows, sizes):
+    assert sizes_upto(rows) == sizes
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 9, 64, 256, 511, 512, 513, 4096])
+def test_every_number_of_rows_has_the_smallest_size_that_holds_it(most):
+    graphs = DecodeGraphs(most, Recorded())
+    assert list(graphs.sizes) == sorted(set(graphs.sizes))
+    for rows in range(1, most + 1):
+        size = graphs.size_for(rows)
+        fitting = [size for size in graphs.sizes if size >= rows]
+        assert size == (min(fitting) if fitting else None)
+        assert size is not None or rows > 512
+
+
+def test_a_size_runs_eagerly_once_and_is_recorded_once():
+    recorder = Recorded()
+    graphs = DecodeGraphs(8, recorder)
+    value = torch.zeros(3)
+    for step in range(4):
+        value.fill_(step)
+        assert graphs.run(4, 64, lambda: value + 1).tolist() == [step + 1] * 3
+        assert (recorder.recorded, recorder.replayed) == (min(step, 1), step)
+    graphs.run(8, 64, lambda: value)
+    graphs.run(4, 256, lambda: value)
+    assert graphs.captured == 1
+
+
+def decoding(lengths: list[int], page_size: int, rng: random.Random) -> Schedule:
+    """A step of one token a row; some rows' tokens are unread."""
+    sequences = []
+    for row, length in enumerate(lengths):
+        unread = rng.random() < 0.5
+        tokens = [rng.randrange(1, 256) for _ in range(length - unread)]
+        sequence = Sequence(Request(str(row), (1,), GREEDY), 0, 0, tokens, unread=int(unread), row=row)
+        sequence.pages.pages.extend(rng.randrange(1000) for _ in range(-(-length // page_size)))
+        sequences.append(sequence)
+    chunks = tuple(Chunk(s, n - 1, n) for s, n in zip(sequences, lengths, strict=True))
+    return Schedule(chunks, tuple(sequences), tuple(range(len(chunks))), ())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padding_adds_rows_that_are_nobodys(seed):
+    rng = random.Random(seed)
+    page_size, first_word, nobody = 4, 50, 1000
+    lengths = [rng.randint(1, 700) for _ in range(rng.randint(1, 9))]
+    schedule = decoding(lengths, page_size, rng)
+    plain = inputs_of(schedule, page_size, first_word)
+    rows, count = 12, len(lengths)
+    wide = padded(plain, rows, page_size, first_word, nobody)
+    assert wide.page_table.shape == (rows, table_width(-(-max(lengths) // page_size)))
+    for name in ("token_ids", "positions", "slots", "logits_at", "seq_lens"):
+        given, more = getattr(plain, name), getattr(wide, name)
+        assert more.dtype == given.dtype
+        np.testing.assert_array_equal(more[:count], given)
+    np.testing.assert_array_equal(wide.page_table[:count, : plain.page_table.shape[1]], plain.page_table)
+    for row, sequence in enumerate(schedule.sampled):
+        known = sequence.unread == 0
+        assert wide.picks[row] == (first_word + row if known else row)
+        assert wide.token_ids[row] == (sequence.tokens[-1] if known else 0)
+    for row in range(count, rows):
+        assert wide.seq_lens[row] == 1
+        assert wide.positions[row] == 0
+        assert wide.slots[row] == nobody * page_size
+        assert wide.page_table[row, 0] == nobody
+        assert wide.picks[row] == first_word + row
+    assert wide.max_kv_len >= plain.max_kv_len
+
+
+def test_few_widths():
+    assert {table_width(pages) for pages in range(1, 8193)} == {64, 256, 1024, 4096, 16384}
+    assert all(table_width(pages) >= pages for pages in range(1, 5000))
+
+
+def test_replayed_steps_give_the_tokens_of_eager_ones(checkpoint, monkeypatch):
+    recorder = Recorded()
+    monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
+    config = EngineConfig(kv_cache_pages=60, page_size=2, max_num_seqs=7)
+    rng = random.Random(3)
+    prompts = [tuple(rng.randrange(256) for _ in range(rng.randint(1, 30))) for _ in range(20)]
+    answers = []
+    for graphs in (False, True):
+        engine = Engine(checkpoint.model, None, replace(config, graphs=graphs, overlap=graphs))
+        requests = [
+            Request(str(i), p, replace(GREEDY, max_tokens=4 + i % 9, logprobs=1 if i % 3 == 0 else None))
+            for i, p in enumerate(prompts)
+        ]
+        for index, request in enumerate(requests):
+            engine.add(request)
+            if index % 4 == 0:
+                engine.step()
+        while engine.has_work:
+            engine.step()
+        engine.scheduler.check()
+        answers.append([request.output().token_ids for request in requests])
+    assert answers[0] == answers[1]
+    assert recorder.recorded == engine.runner.graphs.captured
+    assert recorder.replayed > 10
+
+
+def test_without_a_device_that_records_steps_run_eagerly(checkpoint):
+    engine = Engine(checkpoint.model, None, EngineConfig(kv_cache_pages=8, graphs=True))
+    assert engine.runner.graphs is None
