@@ -23,8 +23,17 @@ from strobe.cuda import nvrtc
 HERE = Path(__file__).parent
 TWINS = HERE / "include"
 
-_RUNTIME = ("runtime.cpp",)
-_COMMON = ("-std=c++20", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-march=native", "-g1")
+_RUNTIME = ("runtime.cpp", "engines.cpp")
+_COMMON = (
+    "-std=c++20",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",
+    "-fvisibility=hidden",
+    "-fno-gnu-unique",
+    "-ffp-contract=off",
+    "-march=native",
+    "-g1",
+)
 _KERNEL = (
     *_COMMON, "-O1", "-w", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
     "-fno-strict-aliasing",

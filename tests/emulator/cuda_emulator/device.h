@@ -46,13 +46,19 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __logf(float x) { return logf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+inline float __saturatef(float x) { return fminf(fmaxf(x, 0.f), 1.f); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)(a) * b >> 32; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned __int128>(a) * b >> 64;
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const unsigned long long bytes = (unsigned long long)(b) << 32 | a;
   unsigned result = 0;
@@ -98,8 +104,11 @@ EMULATOR_ATOMIC(atomicSub, old - x)
 EMULATOR_ATOMIC(atomicExch, x)
 EMULATOR_ATOMIC(atomicMin, old < x ? old : x)
 EMULATOR_ATOMIC(atomicMax, old > x ? old : x)
+EMULATOR_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
+EMULATOR_ATOMIC(atomicDec, old == 0 || old > x ? x : old - 1)
 EMULATOR_ATOMIC(atomicAnd, old & x)
 EMULATOR_ATOMIC(atomicOr, old | x)
+EMULATOR_ATOMIC(atomicXor, old ^ x)
 template <class T>
 T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x, Where where = Where::current()) {
   emulator::look_at(p, sizeof(T), where);
@@ -184,5 +193,5 @@ inline bool __all_sync(unsigned mask, bool vote, Where where = Where::current())
 
 // What the build appends for each kernel of a source.
 #define EMULATOR_KERNEL(name)                                                                        \
-  extern "C" const emulator::Kernel emulated_##name = {                                              \
+  extern "C" __attribute__((visibility("default"))) const emulator::Kernel emulated_##name = {       \
       #name, emulator::Entry<&name>::call, emulator::Entry<&name>::SIZES, emulator::Entry<&name>::PARAMETERS};

@@ -54,6 +54,7 @@ class _Launch(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("arguments_count", ctypes.c_int32),
         ("buffers_count", ctypes.c_int32),
@@ -79,7 +80,7 @@ class Launch:
         cooperative: bool = False,
     ) -> None:
         self.kernel, self.grid, self.block = kernel, _dim3(grid), _dim3(block)
-        self.shared_bytes = shared_bytes
+        self.cluster, self.shared_bytes = _dim3(cluster or 1), shared_bytes
         self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
 
     def __call__(self, stream: int | None = None) -> None:
@@ -93,9 +94,10 @@ class Launch:
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, self.args))
         pairs = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for pair in ranges for edge in pair))
         launch = _Launch(
-            (ctypes.c_uint32 * 3)(*_dim3(self.grid)), (ctypes.c_uint32 * 3)(*self.block), self.shared_bytes,
-            count, len(ranges), *map(ctypes.addressof, (addresses, sizes, pairs)),
-        )  # fmt: skip
+            *((ctypes.c_uint32 * 3)(*_dim3(dim)) for dim in (self.grid, self.block, self.cluster)),
+            *(self.shared_bytes, count, len(ranges)),
+            *map(ctypes.addressof, (addresses, sizes, pairs)),
+        )
         self.kernel.run(launch)
 
 

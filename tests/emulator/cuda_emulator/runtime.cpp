@@ -1,5 +1,5 @@
 // Threads of a block as fibers, their meetings, and every access to memory they make (__init__.py).
-#include "runtime.h"
+#include "deferred.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -24,7 +24,7 @@ constexpr size_t STACK_BYTES = 128 << 10;
 constexpr size_t SHARED_BYTES = 227 << 10;  // that a block may take, static and dynamic together
 constexpr int BARRIERS = 16;
 
-enum class State { READY, LOOKS, IN_WARP, IN_BLOCK, ENDED };
+enum class State { READY, LOOKS, IN_WARP, IN_BLOCK, IN_CLUSTER, ENDED };
 
 struct Thread {
   jmp_buf context;
@@ -38,6 +38,9 @@ struct Thread {
   void* operand = nullptr;
   const void* seen_at = nullptr;  // by its last look at memory
   unsigned char seen[16];
+  std::vector<Work> open[ENGINES];  // the engines' open groups, and the closed ones that are not done
+  std::deque<std::vector<Work>> closed[ENGINES];
+  unsigned cluster_phase = 0;  // that it arrived for
 };
 
 struct Barrier {
@@ -45,12 +48,24 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+struct Block;
+
+struct Cluster {
+  std::vector<Block*> blocks;  // null: ended
+  std::vector<std::pair<Block*, Thread*>> waiting;
+  int come = 0, running = 0;
+  unsigned phase = 0;
+};
+
 struct Block {
   Dim index;
+  std::shared_ptr<Cluster> cluster;
+  unsigned rank = 0;
   std::vector<Thread> threads;
   std::deque<Thread*> ready;
   std::vector<unsigned> waiting_lanes;  // of each warp
   Barrier barriers[BARRIERS];
+  std::map<const void*, std::vector<Work>> deferred;  // by the barrier that it comes with
   std::vector<unsigned char> shared;  // while another block runs
   char* stacks;
   int running;      // threads that have not ended
@@ -64,7 +79,7 @@ struct Buffer {
 
 extern "C" {
 struct Launch {  // as kernel.py has it
-  Dim grid, block;
+  Dim grid, block, cluster;
   uint32_t shared_bytes;
   int32_t arguments_count, buffers_count;
   void** arguments;
@@ -163,6 +178,19 @@ bool complete_warp(int warp, unsigned mask, Act act, const Thread& last) {
   return true;
 }
 
+void release_if_complete(Cluster& cluster) {
+  if (!cluster.come || cluster.come < cluster.running) return;
+  happened();
+  cluster.come = 0;
+  ++cluster.phase;
+  for (const auto& [its_block, thread] : cluster.waiting) {
+    if (thread == self) continue;
+    thread->state = State::READY;
+    its_block->ready.push_back(thread);
+  }
+  cluster.waiting.clear();
+}
+
 void release_if_complete(Barrier& barrier) {
   const int threads = barrier.threads ? barrier.threads : block->running;
   if (!barrier.come || barrier.come < threads) return;
@@ -179,8 +207,10 @@ void body() {
   kernel->call(launch->arguments);
   self->state = State::ENDED;
   --block->running;
+  --block->cluster->running;
   happened();
   release_if_complete(block->barriers[0]);
+  release_if_complete(*block->cluster);
   const int warp = self->number / 32;
   if (const unsigned waiting = block->waiting_lanes[warp]) {
     Thread& first = warp_of(warp)[__builtin_ctz(waiting)];
@@ -211,7 +241,8 @@ std::string who() {
 
 // Where each warp stands.
 std::string stand(const Block& stuck) {
-  static const char* const NAMES[] = {"ready", "looking", "in a warp's meeting", "at a barrier", "ended"};
+  static const char* const NAMES[] = {"ready", "looking", "in a warp's meeting", "at a barrier", "in the cluster's",
+                                      "ended"};
   std::string report;
   for (size_t first = 0; first < stuck.threads.size(); first += 32) {
     std::map<std::string, unsigned> places;
@@ -232,10 +263,10 @@ std::string stand(const Block& stuck) {
 
 size_t static_bytes() { return __stop_shared_memory - dynamic - sizeof dynamic; }
 
-std::unique_ptr<Block> start_block(unsigned number) {
+std::unique_ptr<Block> start_block(Dim index) {
   auto fresh = std::make_unique<Block>();
-  const Dim grid = launch->grid, size = launch->block;
-  fresh->index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  const Dim size = launch->block;
+  fresh->index = index;
   fresh->running = size.x * size.y * size.z;
   fresh->threads.resize(fresh->running);
   fresh->waiting_lanes.resize((fresh->running + 31) / 32);
@@ -243,7 +274,7 @@ std::unique_ptr<Block> start_block(unsigned number) {
   if (spare_stacks.empty()) {
     void* room = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (room == MAP_FAILED) stop("no room for the threads' stacks");
+    if (room == MAP_FAILED) return nullptr;
     spare_stacks.push_back(static_cast<char*>(room));
   }
   fresh->stacks = spare_stacks.back();
@@ -256,6 +287,24 @@ std::unique_ptr<Block> start_block(unsigned number) {
     fresh->ready.push_back(&each);
   }
   return fresh;
+}
+
+using Blocks = std::deque<std::unique_ptr<Block>>;
+
+// The blocks of a cluster begin together.
+void start_cluster(unsigned number, Blocks& started) {
+  const Dim size = launch->cluster, grid = launch->grid;
+  const Dim clusters = {grid.x / size.x, grid.y / size.y, grid.z / size.z};
+  const Dim first = {number % clusters.x * size.x, number / clusters.x % clusters.y * size.y,
+                     number / clusters.x / clusters.y * size.z};
+  auto cluster = std::make_shared<Cluster>();
+  for (unsigned rank = 0; rank < size.x * size.y * size.z; ++rank) {
+    auto fresh = start_block({first.x + rank % size.x, first.y + rank / size.x % size.y, first.z + rank / size.x / size.y});
+    fresh->cluster = cluster, fresh->rank = rank;
+    cluster->blocks.push_back(fresh.get());
+    cluster->running += fresh->running;
+    started.push_back(std::move(fresh));
+  }
 }
 
 // Run a block until it ends or nothing more happens in it.
@@ -271,11 +320,12 @@ void run(Block& next) {
   if (!_setjmp(scheduler)) resume_next();
 }
 
-// Blocks run in order, one at a time; where one waits for another, the next starts beside it.
+// Clusters run in order, one at a time; where one waits for another, the next starts beside it.
 void run_grid() {
-  std::deque<std::unique_ptr<Block>> started;
-  const unsigned count = launch->grid.x * launch->grid.y * launch->grid.z;
-  for (unsigned coming = 0; coming < count || !started.empty();) {
+  Blocks started;
+  const Dim grid = launch->grid, size = launch->cluster;
+  const unsigned clusters = grid.x / size.x * (grid.y / size.y) * (grid.z / size.z);
+  for (unsigned coming = 0; failure.empty() && (coming < clusters || !started.empty());) {
     size_t events = 0;
     for (size_t i = 0; i < started.size() && failure.empty();) {
       const size_t before = started[i]->events;
@@ -285,19 +335,17 @@ void run_grid() {
         ++i;
         continue;
       }
-      loaded = nullptr;
+      started[i]->cluster->blocks[started[i]->rank] = loaded = nullptr;
       spare_stacks.push_back(started[i]->stacks);
       started.erase(started.begin() + i);
     }
-    if (!failure.empty()) break;
-    if (events || (started.empty() && coming == count)) continue;
-    if (coming < count) {
-      started.push_back(start_block(coming++));
+    if (events || !failure.empty()) continue;
+    if (coming < clusters) {
+      start_cluster(coming++, started);
       continue;
     }
     failure = text("%s: deadlock: every thread waits", kernel->name);
     for (const auto& each : started) failure += stand(*each);
-    break;
   }
   for (const auto& each : started) spare_stacks.push_back(each->stacks);
   loaded = nullptr;
@@ -374,6 +422,56 @@ void meet_block(int number, int threads, bool wait, Where where) {
   else if (wait) pause(State::IN_BLOCK, where);
 }
 
+uint32_t cluster_rank() { return block->rank; }
+uint32_t cluster_size() { return block->cluster->blocks.size(); }
+
+void cluster_arrive(Where) {
+  Cluster& cluster = *block->cluster;
+  self->cluster_phase = cluster.phase + 1;
+  ++cluster.come;
+  happened();
+  release_if_complete(cluster);
+}
+
+void cluster_wait(Where where) {
+  Cluster& cluster = *block->cluster;
+  if (!self->cluster_phase) fail(where, "waits for the cluster without having arrived");
+  if (cluster.phase >= self->cluster_phase) return;
+  cluster.waiting.emplace_back(block, self);
+  pause(State::IN_CLUSTER, where);
+}
+
+const void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where) {
+  const auto& blocks = block->cluster->blocks;
+  if (rank >= blocks.size()) fail(where, "block %u of a cluster of %zu", rank, blocks.size());
+  if (!blocks[rank]) fail(where, "reads shared memory of block %u of its cluster, which has ended", rank);
+  check_access(p, bytes, false, where);
+  return rank == block->rank ? p : blocks[rank]->shared.data() + (static_cast<const unsigned char*>(p) - __start_shared_memory);
+}
+
+void defer(Engine engine, Work work) { self->open[engine].push_back(std::move(work)); }
+
+void commit(Engine engine) {
+  self->closed[engine].push_back(std::move(self->open[engine]));
+  self->open[engine].clear();
+}
+
+void wait_for(Engine engine, int pending) {
+  auto& closed = self->closed[engine];
+  for (; closed.size() > size_t(pending); closed.pop_front())
+    for (const Work& work : closed.front()) work();
+}
+
+void defer_until_looked_at(const void* barrier, Work work) { block->deferred[barrier].push_back(std::move(work)); }
+
+void do_deferred(const void* barrier) {
+  const auto found = block->deferred.find(barrier);
+  if (found == block->deferred.end()) return;
+  const std::vector<Work> due = std::move(found->second);
+  block->deferred.erase(found);
+  for (const Work& work : due) work();
+}
+
 bool look(bool come, Where where) {
   if (come) {
     happened();
@@ -419,7 +517,7 @@ void* dynamic_shared(size_t alignment) {
   return dynamic + dynamic_offset;
 }
 
-extern "C" const char* emulate(const Kernel* which, const Launch* how) {
+extern "C" __attribute__((visibility("default"))) const char* emulate(const Kernel* which, const Launch* how) {
   kernel = which, launch = how;
   gridDim = how->grid, blockDim = how->block;
   failure.clear();
@@ -437,6 +535,9 @@ extern "C" const char* emulate(const Kernel* which, const Launch* how) {
     if (how->argument_sizes[i] != which->sizes[i])
       failure = text("argument %d of %s is %zu bytes there, %zu here", i, which->name, which->sizes[i],
                      how->argument_sizes[i]);
+  const Dim grid = how->grid, size = how->cluster;
+  if (grid.x % size.x || grid.y % size.y || grid.z % size.z || size.x * size.y * size.z > 16)
+    failure = text("%s: a grid of %s in clusters of %s", which->name, text(grid).c_str(), text(size).c_str());
   if (failure.empty()) run_grid();
   self = nullptr;
   return failure.empty() ? nullptr : failure.c_str();

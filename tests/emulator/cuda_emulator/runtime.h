@@ -36,6 +36,48 @@ uint32_t shared_address(const void* p);  // in the window of the block's shared 
 unsigned char* shared_pointer(uint32_t address);
 void* dynamic_shared(size_t alignment);  // on a multiple of it, and of no larger power of two
 
+// --- the engines: what stands for PTX (engines.cpp) ---------------------------------------------------
+
+enum class Type { F16, BF16 };
+
+void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where where);
+uint32_t transpose_matrix(uint32_t rows, Where where);
+void mma(Type type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where);
+
+struct WarpgroupProduct {  // m64nNk16: d (+)= a b
+  Type type;
+  int columns;
+  bool accumulate, a_in_registers;
+  float* d;          // [columns / 2]
+  uint32_t a[4];     // of a_in_registers, where b is MN-major; else a is a descriptor too, and both are K-major
+  uint64_t a_descriptor, b_descriptor;
+};
+void wgmma(const WarpgroupProduct& product, Where where);
+void wgmma_commit(Where where);
+void wgmma_wait(int pending, Where where);
+
+void copy_async(uint32_t shared, const void* global, int bytes, bool valid, Where where);
+void commit_copies();
+void wait_copies(int pending);
+
+// An mbarrier: 8 bytes of shared memory.
+void barrier_init(uint64_t* barrier, int count, Where where);
+void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where);
+bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where);
+
+void tma_load(void* shared, const void* map, uint64_t* barrier, const int (&coordinates)[5], Where where);
+void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Where where);
+
+// --- clusters ----------------------------------------------------------------------------------------
+
+uint32_t cluster_rank();
+uint32_t cluster_size();
+void cluster_arrive(Where where);
+void cluster_wait(Where where);
+const void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where);  // p's place in another block
+
+// --- kernels -----------------------------------------------------------------------------------------
+
 struct Kernel {
   const char* name;
   void (*call)(void** arguments);

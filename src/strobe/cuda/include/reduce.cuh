@@ -18,24 +18,22 @@ template <int LANES = 32> __device__ __forceinline__ float warp_max(float x) {
 // Over a block of THREADS (a multiple of 32); every thread gets the result. `scratch` is shared,
 // one float a warp, and free again when the call returns.
 template <int THREADS> __device__ __forceinline__ float block_sum(float x, float* scratch) {
-  constexpr int WARPS = THREADS / 32;
   x = warp_sum(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   float total = 0.f;
 #pragma unroll
-  for (int warp = 0; warp < WARPS; ++warp) total += scratch[warp];
+  for (int warp = 0; warp < THREADS / 32; ++warp) total += scratch[warp];
   __syncthreads();
   return total;
 }
 template <int THREADS> __device__ __forceinline__ float block_max(float x, float* scratch) {
-  constexpr int WARPS = THREADS / 32;
   x = warp_max(x);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   float most = scratch[0];
 #pragma unroll
-  for (int warp = 1; warp < WARPS; ++warp) most = fmaxf(most, scratch[warp]);
+  for (int warp = 1; warp < THREADS / 32; ++warp) most = fmaxf(most, scratch[warp]);
   __syncthreads();
   return most;
 }

@@ -36,7 +36,7 @@ inline unsigned char e4m3_bits(float x) {
   frexpf(size, &exponent);
   exponent = max(exponent, -5);                                     // the last binade of normal numbers: 2^-6
   const int steps = int(rintf(ldexpf(size, 4 - exponent)));         // of 2^(exponent - 4), ties to even
-  return sign | (steps < 8 ? steps : (exponent + 6 << 3) + steps - 8);  // a carry moves on to the next binade
+  return sign | (steps < 8 ? steps : ((exponent + 6) << 3) + steps - 8);  // a carry moves on to the next binade
 }
 inline unsigned short e4m3_pair(float low, float high) { return e4m3_bits(low) | e4m3_bits(high) << 8; }
 inline unsigned f16_pair_of_e4m3(unsigned short pair) {

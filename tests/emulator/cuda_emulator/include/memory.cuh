@@ -1,6 +1,8 @@
 // The emulator's memory.cuh.
 #pragma once
 
+inline void prefetch_l2(const void*) {}
+
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 
 template <class T>

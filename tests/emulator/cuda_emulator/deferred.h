@@ -1,0 +1,23 @@
+// Asynchronous work of the emulated GPU: done as late as it may, so that who does not wait for it sees old data.
+#pragma once
+
+#include <functional>
+
+#include "runtime.h"
+
+namespace emulator {
+
+using Work = std::function<void()>;
+
+enum Engine { COPIES, PRODUCTS, ENGINES };  // each has groups of its own: cp.async, wgmma
+
+// For the current thread's open group of an engine; closing it; doing all but its newest `pending` closed groups.
+void defer(Engine engine, Work work);
+void commit(Engine engine);
+void wait_for(Engine engine, int pending);
+
+// To be done when some thread next looks at the barrier that stands there.
+void defer_until_looked_at(const void* barrier, Work work);
+void do_deferred(const void* barrier);
+
+}  // namespace emulator

@@ -1,0 +1,317 @@
+// Tensor cores, copy engines and barriers in shared memory: what a PTX instruction does, in plain C++.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "deferred.h"
+#include "device.h"
+#include "include/convert.cuh"
+
+namespace emulator {
+namespace {
+
+float value(Type type, uint32_t bits) {
+  return type == Type::F16 ? f16_value(bits) : __uint_as_float(bits << 16);
+}
+float low(Type type, uint32_t pair) { return value(type, pair & 0xffff); }
+float high(Type type, uint32_t pair) { return value(type, pair >> 16); }
+
+// d [rows x columns] += a [rows x 16] b [columns x 16]
+void multiply(float* d, const float* a, const float* b, int rows, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) {
+      float sum = 0.f;
+      for (int k = 0; k < 16; ++k) sum += a[i * 16 + k] * b[j * 16 + k];
+      d[i * columns + j] += sum;
+    }
+}
+
+// --- mma.sync, ldmatrix, movmatrix ---------------------------------------------------------------------
+
+struct Matrices {
+  uint32_t* m;
+  const unsigned char* row;
+  bool transposed;
+};
+
+struct Product {
+  Type type;
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+// Rows `lane / 4` (+ 8) and columns `lane % 4 * 2` + {0, 1} (+ 8) of an A operand.
+void unpack_a(Type type, const uint32_t* a, int lane, float (*to)[16]) {
+  for (int i = 0; i < 4; ++i) {
+    float* at = &to[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8];
+    at[0] = low(type, a[i]), at[1] = high(type, a[i]);
+  }
+}
+
+void mma_of_warp(void* const* lanes) {
+  float a[16][16], b[8][16], c[16][8];
+  const Type type = static_cast<Product*>(lanes[0])->type;
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& mine = *static_cast<Product*>(lanes[lane]);
+    const int row = lane / 4, pair = lane % 4 * 2;
+    unpack_a(type, mine.a, lane, a);
+    for (int half = 0; half < 2; ++half) {
+      b[row][pair + half * 8] = low(type, mine.b[half]), b[row][pair + half * 8 + 1] = high(type, mine.b[half]);
+      c[row + half * 8][pair] = mine.c[2 * half], c[row + half * 8][pair + 1] = mine.c[2 * half + 1];
+    }
+  }
+  multiply(c[0], a[0], b[0], 16, 8);
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      static_cast<Product*>(lanes[lane])->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+void matrices_of_warp(void* const* lanes) {
+  for (int i = 0; i < 4; ++i) {
+    uint16_t matrix[8][8];
+    for (int row = 0; row < 8; ++row) memcpy(matrix[row], static_cast<Matrices*>(lanes[8 * i + row])->row, 16);
+    for (int lane = 0; lane < 32; ++lane) {
+      const Matrices& mine = *static_cast<Matrices*>(lanes[lane]);
+      const int row = lane / 4, pair = lane % 4 * 2;
+      const uint16_t first = mine.transposed ? matrix[pair][row] : matrix[row][pair];
+      const uint16_t second = mine.transposed ? matrix[pair + 1][row] : matrix[row][pair + 1];
+      mine.m[i] = first | uint32_t(second) << 16;
+    }
+  }
+}
+
+void transpose_of_warp(void* const* lanes) {
+  uint16_t matrix[8][8];
+  for (int lane = 0; lane < 32; ++lane) memcpy(&matrix[lane / 4][lane % 4 * 2], lanes[lane], 4);
+  for (int lane = 0; lane < 32; ++lane)
+    *static_cast<uint32_t*>(lanes[lane]) =
+        matrix[lane % 4 * 2][lane / 4] | uint32_t(matrix[lane % 4 * 2 + 1][lane / 4]) << 16;
+}
+
+// --- wgmma -------------------------------------------------------------------------------------------------
+
+// Element (row, column) of an operand whose rows are SWIZZLE bytes apart in groups of 8 (PTX ISA, "Matrix Descriptor
+// Format"); columns past a row's swizzled bytes stand in the next panel.
+float element(Type type, uint64_t descriptor, int row, int column, Where where) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, panel_bytes = (descriptor >> 16 & 0x3fff) << 4;
+  const uint32_t group_bytes = (descriptor >> 32 & 0x3fff) << 4, layout = descriptor >> 62;
+  if (layout != 1 && layout != 2) fail(where, "a matrix descriptor of layout %u; emulated: 128 and 64 bytes", layout);
+  const int swizzle = layout == 1 ? 128 : 64;
+  uint32_t address = start + row / 8 * group_bytes + row % 8 * swizzle + column * 2 % swizzle +
+                     column * 2 / swizzle * panel_bytes;
+  address ^= address >> 3 & (swizzle - 16);
+  uint16_t bits;
+  check_access(shared_pointer(address), 2, false, where);
+  memcpy(&bits, shared_pointer(address), 2);
+  return value(type, bits);
+}
+
+struct Products {  // of one lane, to be done now
+  std::vector<WarpgroupProduct> list;
+  int warp;  // of its warpgroup
+  Where where;
+};
+
+void products_of_warp(void* const* lanes) {
+  const Products& first = *static_cast<Products*>(lanes[0]);
+  for (size_t n = 0; n < first.list.size(); ++n) {
+    const WarpgroupProduct& op = first.list[n];
+    float a[16][16];
+    static float b[256][16], d[16][256];
+    for (int lane = 0; lane < 32; ++lane) {
+      const WarpgroupProduct& mine = static_cast<Products*>(lanes[lane])->list[n];
+      if (op.a_in_registers) unpack_a(op.type, mine.a, lane, a);
+      for (int i = 0; i < op.columns / 2; ++i)
+        d[0][(lane / 4 + i / 2 % 2 * 8) * op.columns + i / 4 * 8 + lane % 4 * 2 + i % 2] =
+            op.accumulate ? mine.d[i] : 0.f;
+    }
+    for (int k = 0; k < 16; ++k) {
+      for (int row = 0; row < 16 && !op.a_in_registers; ++row)
+        a[row][k] = element(op.type, op.a_descriptor, first.warp * 16 + row, k, first.where);
+      for (int j = 0; j < op.columns; ++j)
+        b[j][k] = op.a_in_registers ? element(op.type, op.b_descriptor, k, j, first.where)
+                                    : element(op.type, op.b_descriptor, j, k, first.where);
+    }
+    multiply(d[0], a[0], b[0], 16, op.columns);
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < op.columns / 2; ++i)
+        static_cast<Products*>(lanes[lane])->list[n].d[i] =
+            d[0][(lane / 4 + i / 2 % 2 * 8) * op.columns + i / 4 * 8 + lane % 4 * 2 + i % 2];
+  }
+}
+
+Products* gathering;  // what the current thread's deferred products are put into
+
+// --- mbarrier ----------------------------------------------------------------------------------------------
+
+struct Phase {
+  int32_t bytes;    // expected and not yet come
+  int16_t pending;  // arrivals
+  uint16_t count_and_parity;
+
+  int count() const { return count_and_parity & 0x7fff; }
+  uint32_t parity() const { return count_and_parity >> 15; }
+  void end_if_complete() {
+    if (pending || bytes) return;
+    count_and_parity ^= 0x8000;
+    pending = count();
+  }
+};
+
+Phase& phase_of(uint64_t* barrier, Where where) {
+  check_access(barrier, 8, true, where);
+  Phase& phase = *reinterpret_cast<Phase*>(barrier);
+  if (phase.pending < 0) fail(where, "a barrier that is not initialised");
+  return phase;
+}
+
+void bytes_came(uint64_t* barrier, uint32_t bytes, Where where) {
+  Phase& phase = phase_of(barrier, where);
+  phase.bytes -= bytes;
+  phase.end_if_complete();
+}
+
+struct TensorMap {  // as tensor_map.py has it
+  uint64_t pointer, strides[5];
+  uint32_t sizes[5];
+  uint16_t box[5], element_bytes, rank, swizzle, nan;
+};
+static_assert(sizeof(TensorMap) <= 128);
+
+void copy_box(const TensorMap& map, unsigned char* shared, const int (&first)[5], Where where) {
+  const uint32_t row_bytes = map.box[0] * map.element_bytes, base = shared_address(shared);
+  const uint32_t span = map.swizzle ? map.swizzle - 16 : 0;
+  uint32_t offset = 0;
+  int at[5];
+  for (int e = 0; e < map.box[4]; ++e)
+    for (int d = 0; d < map.box[3]; ++d)
+      for (int c = 0; c < map.box[2]; ++c)
+        for (int b = 0; b < map.box[1]; ++b)
+          for (int chunk = 0; chunk < map.box[0]; chunk += 16 / map.element_bytes, offset += 16) {
+            const int local[5] = {chunk, b, c, d, e};
+            unsigned char bytes[16] = {};
+            uint64_t from = map.pointer;
+            bool inside = true;
+            for (int i = 0; i < 5; ++i) {
+              at[i] = first[i] + local[i];
+              inside &= at[i] >= 0 && uint32_t(at[i]) < map.sizes[i];
+              from += at[i] * map.strides[i];
+            }
+            if (inside) {
+              const uint32_t width = std::min<uint32_t>(16, (map.sizes[0] - at[0]) * map.element_bytes);
+              for (uint32_t i = 0; i < width; i += map.element_bytes)
+                check_access(reinterpret_cast<void*>(from + i), map.element_bytes, false, where);
+              memcpy(bytes, reinterpret_cast<void*>(from), width);
+            }
+            const uint32_t to = base + offset;
+            unsigned char* target = shared_pointer(to ^ (to >> 3 & span));
+            check_access(target, 16, true, where);
+            memcpy(target, bytes, 16);
+          }
+  (void)row_bytes;
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where where) {
+  Matrices mine{m, shared_pointer(address), transposed};
+  check_access(mine.row, 16, false, where);
+  meet_warp(~0u, &mine, matrices_of_warp, where);
+}
+
+uint32_t transpose_matrix(uint32_t rows, Where where) {
+  meet_warp(~0u, &rows, transpose_of_warp, where);
+  return rows;
+}
+
+void mma(Type type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where) {
+  Product mine{type, c, a, {b0, b1}};
+  meet_warp(~0u, &mine, mma_of_warp, where);
+}
+
+void wgmma(const WarpgroupProduct& product, Where where) {
+  (void)where;
+  defer(PRODUCTS, [product] { gathering->list.push_back(product); });
+}
+
+void wgmma_commit(Where where) {
+  meet_warp(~0u, nullptr, [](void* const*) {}, where);
+  commit(PRODUCTS);
+}
+
+void wgmma_wait(int pending, Where where) {
+  Products mine{{}, int(threadIdx.x % 128 / 32), where};
+  gathering = &mine;
+  wait_for(PRODUCTS, pending);
+  meet_warp(~0u, &mine, products_of_warp, where);
+}
+
+void copy_async(uint32_t shared, const void* global, int bytes, bool valid, Where where) {
+  unsigned char* to = shared_pointer(shared);
+  check_access(to, bytes, true, where);
+  if (valid) check_access(global, bytes, false, where);
+  defer(COPIES, [=] {
+    if (valid) memcpy(to, global, bytes);
+    else memset(to, 0, bytes);
+  });
+}
+void commit_copies() { commit(COPIES); }
+void wait_copies(int pending) { wait_for(COPIES, pending); }
+
+void barrier_init(uint64_t* barrier, int count, Where where) {
+  check_access(barrier, 8, true, where);
+  *reinterpret_cast<Phase*>(barrier) = {0, int16_t(count), uint16_t(count)};
+}
+
+void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
+  Phase& phase = phase_of(barrier, where);
+  if (!phase.pending) fail(where, "more arrivals than the barrier's %d", phase.count());
+  phase.bytes += expected_bytes;
+  --phase.pending;
+  phase.end_if_complete();
+  look(true, where);
+}
+
+bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
+  phase_of(barrier, where);
+  do_deferred(barrier);
+  return look(phase_of(barrier, where).parity() != parity, where);
+}
+
+void tma_load(void* shared, const void* map, uint64_t* barrier, const int (&coordinates)[5], Where where) {
+  const TensorMap& tensor = *static_cast<const TensorMap*>(map);
+  uint32_t bytes = tensor.element_bytes;
+  for (int n : tensor.box) bytes *= n;
+  if (shared_address(shared) % 128) fail(where, "a tensor copy to %#x, off 128 bytes", shared_address(shared));
+  if (coordinates[0] * tensor.element_bytes % 16) fail(where, "a tensor copy from column %d, off 16 bytes", coordinates[0]);
+  check_access(shared, 16, true, where);
+  phase_of(barrier, where);
+  struct Copy {
+    TensorMap map;
+    unsigned char* shared;
+    int first[5];
+  } copy{tensor, static_cast<unsigned char*>(shared), {}};
+  std::copy(std::begin(coordinates), std::end(coordinates), copy.first);
+  defer_until_looked_at(barrier, [=] {
+    copy_box(copy.map, copy.shared, copy.first, where);
+    bytes_came(barrier, bytes, where);
+  });
+}
+
+void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Where where) {
+  if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16)
+    fail(where, "a bulk copy of %u bytes from %p to %#x; supported: multiples of 16", bytes, global, shared_address(shared));
+  phase_of(barrier, where);
+  for (uint32_t i = 0; i < bytes; i += 16) {
+    check_access(static_cast<const char*>(global) + i, 16, false, where);
+    check_access(static_cast<char*>(shared) + i, 16, true, where);
+  }
+  defer_until_looked_at(barrier, [=] {
+    memcpy(shared, global, bytes);
+    bytes_came(barrier, bytes, where);
+  });
+}
+
+}  // namespace emulator
