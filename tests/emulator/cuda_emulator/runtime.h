@@ -92,9 +92,15 @@ struct Entry<KERNEL> {
   static constexpr size_t SIZES[] = {sizeof(A)..., 0};
   static constexpr int PARAMETERS = sizeof...(A);
 
+  template <class T>
+  __attribute__((no_sanitize("thread"))) static T copy(const void* argument) {
+    T x;
+    __builtin_memcpy(&x, argument, sizeof x);
+    return x;
+  }
   template <size_t... I>
   __attribute__((no_sanitize("thread"))) static void with(void** arguments, std::index_sequence<I...>) {
-    KERNEL(*static_cast<A*>(arguments[I])...);
+    KERNEL(copy<A>(arguments[I])...);
   }
   __attribute__((no_sanitize("thread"))) static void call(void** arguments) {
     with(arguments, std::index_sequence_for<A...>{});
