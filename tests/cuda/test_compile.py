@@ -13,6 +13,7 @@ import strobe
 from strobe.attention import AttentionProblem, ladder
 from strobe.cuda import jit
 from strobe.linear import ladder as linear_ladder
+from strobe.linear.problem import LinearProblem
 
 PACKAGE = Path(strobe.__file__).parent
 SOURCES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.cu"))
@@ -33,6 +34,8 @@ def reasons_against(rung: ModuleType, arch: str) -> set[str]:
     """What the rung has against a GPU of this arch, and not against Hopper."""
 
     def refusals(number: int) -> set[str]:
+        if ".linear." in rung.__name__:
+            return set(rung.refusals(LinearProblem(1, 64, 64, "bfloat16", device="cuda", arch=number)))
         return set(rung.refusals(AttentionProblem(1, 64, 64, 2, 2, 64, device="cuda", arch=number)))
 
     return refusals(int(arch.removeprefix("sm_").removesuffix("a"))) - refusals(90)

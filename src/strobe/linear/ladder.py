@@ -40,7 +40,14 @@ class Rung:
 
 RUNGS = {
     name: Rung(name)
-    for name in ("cuda_matmul_naive", "cuda_matmul_tiled", "cuda_gemv", "torch_linear", "torch_onednn")
+    for name in (
+        "cuda_matmul_naive",
+        "cuda_matmul_tiled",
+        "cuda_gemv",
+        "cuda_skinny",
+        "torch_linear",
+        "torch_onednn",
+    )
 }
 """In teaching order."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -68,6 +69,11 @@ class Projection:
             norm_eps=norm_eps or 0.0,
             swiglu=swiglu,
         )
+
+    @cached_property
+    def scratch(self) -> dict[Any, Any]:
+        """What rungs keep that they prepared for this projection."""
+        return {}
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None = None, kernel: str = "auto"

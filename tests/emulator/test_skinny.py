@@ -1,0 +1,129 @@
+"""The decode projection and the small kernels beside it in the emulator, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulator import emulated_gpu, missing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strobe.linear import Projection, cuda_skinny
+from strobe.linear.problem import LinearProblem
+from strobe.ops import activation, norm
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | None) -> torch.Tensor:
+    """In float64."""
+    x = x.double()
+    if projection.norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + projection.norm_eps).sqrt() * projection.norm.double()
+    out = x @ projection.weight.double().t()
+    if projection.bias is not None:
+        out = out + projection.bias.double()
+    if projection.swiglu:
+        gate, up = out.chunk(2, dim=-1)
+        out = gate / (1 + torch.exp(-gate)) * up
+    return out if residual is None else out + residual.double()
+
+
+def assert_right(
+    tokens: int,
+    sizes: tuple[int, int],
+    around: tuple[bool, bool, bool, bool],
+    dtype: torch.dtype,
+    shape: cuda_skinny.Shape | None = None,
+    *,
+    sm_count: int,
+) -> None:
+    (inputs, columns), (biased, normed, swiglu, added) = sizes, around
+    rows = 2 * columns if swiglu else columns
+    projection = Projection(
+        (torch.randn(rows, inputs) * inputs**-0.5).to(dtype),
+        bias=torch.randn(rows).to(dtype) if biased else None,
+        norm=(torch.rand(inputs) + 0.5).to(dtype) if normed else None,
+        norm_eps=1e-5,
+        swiglu=swiglu,
+    )
+    x, residual = (2 * torch.randn(tokens, inputs)).to(dtype), torch.randn(tokens, columns).to(dtype)
+    want = formula(x, projection, residual if added else None)
+    flags = {"bias": biased, "norm": normed, "swiglu": swiglu, "residual": added}
+    problem = LinearProblem(
+        tokens, inputs, rows, str(dtype).removeprefix("torch."), device="cuda", arch=90, **flags
+    )
+    assert not cuda_skinny.refusals(problem)
+    out = residual if added else torch.full_like(residual, float("nan"))
+    with emulated_gpu(sm_count=sm_count):
+        if shape is None:
+            cuda_skinny.run(problem, x, projection, out)
+        else:
+            cuda_skinny.Packed(problem, projection, shape, programmatic=True)(x, out)
+    assert (out.double() - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@settings(max_examples=12)
+@given(
+    tokens=st.integers(1, 8),
+    inputs=st.integers(1, 200).map(lambda pieces: 8 * pieces),
+    columns=st.integers(1, 300),
+    around=st.tuples(*[st.booleans()] * 4),
+    dtype=st.sampled_from(DTYPES),
+    sm_count=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_the_formula(tokens, inputs, columns, around, dtype, sm_count, seed):
+    torch.manual_seed(seed)
+    assert_right(tokens, (inputs, columns), around, dtype, sm_count=sm_count)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        cuda_skinny.Shape(chunk=256, pad=0, ahead=3, trigger=0),
+        cuda_skinny.Shape(chunk=1024, warps=8, fetchers=1, trigger=10**6),
+        cuda_skinny.Shape(tiles=8, blocks=2, ahead=100),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_other_shapes_of_the_kernel(shape: cuda_skinny.Shape, swiglu: bool) -> None:
+    around = (True, True, swiglu, not swiglu)
+    assert_right(5, (2312, 150), around, torch.bfloat16, shape, sm_count=1)
+
+
+def test_a_call_uses_its_own_addresses() -> None:
+    """The packed launch is kept; x and out are not."""
+    torch.manual_seed(0)
+    projection = Projection(torch.randn(40, 64).bfloat16(), norm=torch.ones(64).bfloat16(), norm_eps=1e-5)
+    problem = LinearProblem(2, 64, 40, "bfloat16", norm=True, device="cuda", arch=90)
+    xs = [torch.randn(2, 64).bfloat16() for _ in range(3)]
+    xs[2] = torch.cat((xs[2].flatten(), xs[2].flatten()))[3:131].view(2, 64)  # not on 16 bytes
+    outs = [torch.full((2, 40), float("nan")).bfloat16() for _ in xs]
+    with emulated_gpu(sm_count=2):
+        for x, out in zip(xs, outs, strict=True):
+            cuda_skinny.run(problem, x, projection, out)
+    for x, out in zip(xs, outs, strict=True):
+        want = formula(x, projection, None)
+        assert (out.double() - want).abs().max() <= 2**-7 * want.abs().max()
+    assert len(projection.scratch) == 1
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("columns", [8, 1000, 4096])
+def test_norm_and_swiglu(columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(columns)
+    x, weight = (3 * torch.randn(3, columns)).to(dtype), torch.randn(columns).to(dtype)
+    gate_up = (3 * torch.randn(3, 2 * columns)).to(dtype)
+    with emulated_gpu():
+        normed = norm.rms_norm(x, weight, 1e-5, kernel="cuda")
+        gated = activation.swiglu(gate_up, kernel="cuda")
+    for given_, want in (
+        (normed, norm.rms_norm_reference(x, weight, 1e-5)),
+        (gated, activation.swiglu_reference(gate_up)),
+    ):
+        limit = 4 * torch.finfo(dtype).eps * want.double().abs().max()
+        assert (given_.double() - want.double()).abs().max() <= limit
