@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strobe.attention import one_query
-from strobe.attention.decode import cuda_paged, cuda_single, cuda_split, triton_split
+from strobe.attention import one_query, paged
+from strobe.attention.decode import cuda_cluster, cuda_paged, cuda_single, cuda_split, triton_split
 from strobe.attention.problem import AttentionProblem, Paged
 
 CASES = {"paged_decode", "paged_decode_mha", "paged_decode_mqa", "paged_page_1", "paged_page_256"}
@@ -44,12 +46,13 @@ def problem(**changes: object) -> AttentionProblem:
 
 
 @pytest.mark.parametrize(
-    "rung", [cuda_single, cuda_split, triton_split, cuda_paged], ids=lambda r: r.__name__
+    "rung", [cuda_single, cuda_split, triton_split, cuda_paged, cuda_cluster], ids=lambda r: r.__name__
 )
 def test_accepts_the_plain_problem(rung: object) -> None:
     assert rung.refusals(problem()) == []  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda r: r.__name__)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -61,11 +64,11 @@ def test_accepts_the_plain_problem(rung: object) -> None:
         ({"dtype": "float32"}, "dtype float32"),
         ({"kv_dtype": "float32"}, "cache in float32"),
         ({"kv_dtype": "float8_e4m3fn", "head_dim": 80}, "head_dim 80 with a cache in float8_e4m3fn"),
-        ({"batch": 5000}, "batch 5000"),
+        ({"batch": 70_000}, "batch 70000"),
     ],
 )
-def test_cuda_paged_says_why_not(change: dict[str, object], reason: str) -> None:
-    (why,) = cuda_paged.refusals(problem(**change))
+def test_paged_rungs_say_why_not(rung: Any, change: dict[str, object], reason: str) -> None:
+    (why,) = rung.refusals(problem(**change))
     assert reason in why
 
 
@@ -79,11 +82,11 @@ def test_teaching_rungs_say_why_not(change: dict[str, object], reason: str) -> N
 
 
 @given(
-    head_dim=st.sampled_from(cuda_paged.HEAD_DIMS),
+    head_dim=st.sampled_from(paged.HEAD_DIMS),
     group=st.sampled_from([1, 3, 4, 8, 16, 64]),
     kv_heads=st.sampled_from([1, 2, 3, 8]),
-    q_len=st.integers(1, cuda_paged.MAX_Q_LEN),
-    page_size=st.integers(1, cuda_paged.MAX_PAGE_SIZE),
+    q_len=st.integers(1, paged.MAX_Q_LEN),
+    page_size=st.integers(1, paged.MAX_PAGE_SIZE),
     batch=st.integers(1, cuda_paged.MAX_BATCH),
     kv_dtype=st.sampled_from([None, "float8_e4m3fn"]),
 )
@@ -96,10 +99,13 @@ def test_every_accepted_problem_has_a_shape_that_fits(
     )  # fmt: skip
     if cuda_paged.refusals(described):
         return
-    shape = cuda_paged.choose_shape(described)
+    shape, cluster = cuda_paged.choose_shape(described), cuda_cluster.choose_shape(described)
     assert shape.shared_bytes(batch) <= 227 * 1024
+    assert cluster.shared_bytes() + 1024 <= 228 * 1024 // cluster.blocks
     assert kv_heads % shape.heads == 0
     assert shape.warps % shape.heads == 0
-    assert page_size % shape.run == 0
-    assert shape.keys % shape.run == 0
-    assert shape.stages >= 1
+    for tiles in (shape, cluster):
+        assert page_size % tiles.run == 0
+        assert tiles.keys % tiles.run == 0
+        assert tiles.stages >= 1
+    assert cluster == cuda_cluster.choose_shape(replace(described, batch=batch + 7))

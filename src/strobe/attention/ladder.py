@@ -74,7 +74,14 @@ PREFILL = tuple(
 )
 DECODE = tuple(
     Rung("decode", name)
-    for name in ("torch_grouped", "cuda_single", "cuda_split", "triton_split", "cuda_paged")
+    for name in (
+        "torch_grouped",
+        "cuda_single",
+        "cuda_split",
+        "triton_split",
+        "cuda_paged",
+        "cuda_cluster",
+    )
 )
 
 FASTEST_FIRST = {

@@ -1,9 +1,8 @@
 // One warp's stream of key and value tiles out of a paged cache.
 //
-// The block's share of the work list is dealt to its warps: warp w takes head w % HEADS of every
-// (WARPS / HEADS)th tile. Each warp feeds itself: its own ring of STAGES tiles in shared memory, its own
-// barriers, copies started by its own lanes, so that warps never wait for one another and the memory
-// sees WARPS * STAGES tiles in flight from each SM.
+// Each warp feeds itself: its own ring of STAGES tiles in shared memory, its own barriers, copies started
+// by its own lanes, so that warps never wait for one another and the memory sees WARPS * STAGES tiles in
+// flight from each block.
 //
 // A tile comes in runs: keys that stand in one page, one bulk copy for K and one for V each. Lane i looks
 // up the i-th run ahead (row, page number, offset), so a page table entry is fetched once and its latency
@@ -11,11 +10,19 @@
 //
 // In shared memory a run is [RUN][ROW_BYTES], each SPAN_BYTES of a row swizzled by the copy engine.
 //
-// Defines: HEAD_DIM, PAGE_SIZE, KEYS (a tile), HEADS, WARPS, STAGES; kv_t is the cache's element.
+// Defines: HEAD_DIM, PAGE_SIZE, KEYS (a tile), STAGES; kv_t is the cache's element. READ_ONCE: tiles are the
+// first that the L2 cache gives up. EARLY: what is done before the kernel ahead has ended, see below.
 #pragma once
 
+#include "grid_dependency.cuh"
+#include "segment.cuh"
 #include "tma.cuh"
-#include "work_list.cuh"
+
+// EARLY is one of
+constexpr int NOTHING = 0;
+constexpr int HINTS = 1;  // lengths and page numbers are asked into the L2 cache
+constexpr int READS = 2;  // they are read, and keys and values of older tokens: the kernel ahead may write the cache's
+                          // keys of this call's queries and q, nothing else that is read here
 
 __host__ __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 
@@ -35,23 +42,25 @@ struct TileShape {
   }
 };
 
+struct Run {
+  int page, token, head;  // page -1: no keys here
+  bool fresh;             // some of its keys may be those of this call's queries
+};
+
+// `Tiles` knows which tiles are the warp's, every stride()th before `end`, and finds their runs. EAGER: also where a
+// run lies past the end, so that nobody waits to know.
+template <class Tiles>
 struct TileStream {
   using Shape = TileShape;
   static constexpr int AHEAD = 32 / Shape::RUNS;  // tiles that the lanes look ahead
   static_assert(Shape::RUNS <= 32 && 32 % Shape::RUNS == 0, "a tile's runs fit in a warp");
 
-  struct Run {
-    int page, token, head;  // page -1: no keys here
-  };
-
-  const WorkList& work;
+  const Tiles& tiles;
   const TensorMap &k_map, &v_map;
-  const int* page_table;
-  int table_stride, row_blocks;
   u8* ring;       // shared [STAGES][2][Shape::BYTES]: this warp's tiles of K and V
   Barrier* full;  // shared [STAGES]
 
-  int coming, end;           // the next tile to fetch, and the end of the block's share
+  int coming;                // the next tile to fetch
   int front, stage, parity;  // the tile at the front, and where it stands
   int slot;                  // in `now`, the runs that the lanes have looked up; `next` holds those after them
   Run now, next;
@@ -61,7 +70,7 @@ struct TileStream {
     front = coming;
     stage = parity = slot = 0;
     now = find(coming);
-    const int after = coming + AHEAD * STEP;
+    const int after = coming + AHEAD * tiles.stride();
 #pragma unroll 1
     for (int i = 0; i < min(STAGES, AHEAD); ++i) fetch(i);
     next = find(after);
@@ -78,18 +87,18 @@ struct TileStream {
   __device__ __forceinline__ void advance() {
     __syncwarp();
     fetch(stage);
-    front += STEP;
+    front += tiles.stride();
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 
  private:
   // Start the copies of the next tile to come, if there is one, into stage `into`.
   __device__ __forceinline__ void fetch(int into) {
-    if (coming >= end) return;
+    if (coming >= tiles.end) return;
     const int lane = threadIdx.x % 32;
     if (slot == AHEAD) {
       now = next;
-      next = find(coming + AHEAD * STEP);
+      next = find(coming + AHEAD * tiles.stride());
       slot = 0;
     }
     const bool mine = lane / Shape::RUNS == slot && now.page >= 0;
@@ -97,26 +106,26 @@ struct TileStream {
     u8* const k_tile = ring + into * (2 * Shape::BYTES) + lane % Shape::RUNS * Shape::RUN_PITCH;
     if (lane == 0) full[into].arrive_expecting(runs * (2 * Shape::RUN_BYTES));
     if (mine) {
-      tma_load(k_tile, k_map, full[into], 0, 0, now.token, now.head, now.page);
-      tma_load(k_tile + Shape::BYTES, v_map, full[into], 0, 0, now.token, now.head, now.page);
+      if (EARLY == READS && now.fresh) grid_dependency_wait();
+      copy(k_tile, k_map, full[into]);
+      copy(k_tile + Shape::BYTES, v_map, full[into]);
     }
     ++slot;
-    coming += STEP;
+    coming += tiles.stride();
+  }
+
+  __device__ __forceinline__ void copy(u8* to, const TensorMap& map, Barrier& barrier) const {
+    if (READ_ONCE)
+      tma_load_once(to, map, barrier, 0, 0, now.token, now.head, now.page);
+    else
+      tma_load(to, map, barrier, 0, 0, now.token, now.head, now.page);
   }
 
   // This lane's run of the tiles from `first` on.
   __device__ __forceinline__ Run find(int first) const {
-    const int lane = threadIdx.x % 32, tile = first + lane / Shape::RUNS * STEP;
-    Run run{-1, 0, 0};
-    if (tile < end) {
-      const Segment s = work.segment(tile);
-      const int key = s.first_key + (tile - s.begin) * KEYS + lane % Shape::RUNS * Shape::RUN;
-      if (key < s.kv_len) {
-        run.page = page_table[i64(s.row) * table_stride + key / PAGE_SIZE];
-        run.token = key % PAGE_SIZE;
-        run.head = (row_blocks == 1 ? s.head : s.head / row_blocks) * HEADS + threadIdx.x / 32 % HEADS;
-      }
-    }
+    const int lane = threadIdx.x % 32, tile = first + lane / Shape::RUNS * tiles.stride();
+    Run run{-1, 0, 0, false};
+    if (Tiles::EAGER || tile < tiles.end) tiles.find(run, tile, lane % Shape::RUNS * Shape::RUN);
     return run;
   }
 };

@@ -10,33 +10,16 @@
 // Defines: KEYS, HEADS, WARPS.
 #pragma once
 
-#include "types.cuh"
+#include "segment.cuh"
 
-constexpr int THREADS = WARPS * 32;
-constexpr int STEP = WARPS / HEADS;  // tiles that a block's warps take at a time
-constexpr u32 MIN_TILES = 8;         // of a share: for less, the merge costs more than it saves
-
-struct Segment {
-  int row, head;   // head counts groups of HEADS key heads times blocks of query rows
-  int begin, end;  // in the list
-  int first_key;   // of its first tile
-  int kv_len, q_len, q_start;
-};
-
-// a / b for quotients below 2^20: an estimate that is off by one at most, put right.
-__device__ __forceinline__ u32 divide(u32 a, u32 b) {
-  u32 quotient = u32(__fdividef(float(a), float(b)));
-  const int rest = int(a - quotient * b);
-  if (rest < 0) --quotient;
-  if (rest >= int(b)) ++quotient;
-  return quotient;
-}
+constexpr u32 MIN_TILES = 8;  // of a share: for less, the merge costs more than it saves
 
 // This runs while memory waits for its first request: divisions are few and short.
 struct WorkList {
   static constexpr int FRACTION = 22;  // bits; a share is each + part / 2^FRACTION tiles
 
-  int batch, heads, q_len, left;
+  int batch, heads, q_len;
+  Window window;
   const int* cu_seqlens_q;
   int* starts;   // shared [batch + 1]: tiles of one head ahead of each row
   int* kv_lens;  // shared [batch]
@@ -110,7 +93,7 @@ struct WorkList {
     s.kv_len = kv_lens[row];
     s.q_len = row_q_len(row);
     s.q_start = cu_seqlens_q ? cu_seqlens_q[row] : row * q_len;
-    s.first_key = first_tile(s.kv_len, s.q_len) * KEYS;
+    s.first_key = window.first_tile(s.kv_len, s.q_len) * KEYS;
     return s;
   }
 
@@ -118,12 +101,8 @@ struct WorkList {
   __device__ __forceinline__ int row_q_len(int row) const {
     return cu_seqlens_q ? cu_seqlens_q[row + 1] - cu_seqlens_q[row] : q_len;
   }
-  // The first tile that a window lets the row's first query see.
-  __device__ __forceinline__ int first_tile(int kv_len, int q_len) const {
-    return left < 0 ? 0 : max(0, min(kv_len - 1, kv_len - q_len - left)) / KEYS;
-  }
   // A row without keys has one tile all the same: somebody must write its zeros.
   __device__ __forceinline__ int tiles(int kv_len, int q_len) const {
-    return max(1, ceil_div(kv_len, KEYS) - first_tile(kv_len, q_len));
+    return max(1, ceil_div(kv_len, KEYS) - window.first_tile(kv_len, q_len));
   }
 };

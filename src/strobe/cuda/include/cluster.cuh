@@ -21,6 +21,20 @@ __device__ __forceinline__ u32 cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Its two halves: between them a thread may do what the others need not wait for.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Write to `p`, an address in this block's shared memory, in the block of that rank.
+__device__ __forceinline__ void store_remote(int* p, int value, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %0, %2;\n"
+      "st.shared::cluster.u32 [at], %1;\n}" ::"r"(shared_address(p)),
+      "r"(value), "r"(rank)
+      : "memory");
+}
+
 // The value at `p`, an address in this block's shared memory, in the block of that rank.
 __device__ __forceinline__ u64 load_remote(const u64* p, u32 rank) {
   u64 value;
@@ -33,12 +47,39 @@ __device__ __forceinline__ u64 load_remote(const u64* p, u32 rank) {
       : "memory");
   return value;
 }
+__device__ __forceinline__ float2 load_remote(const float2* p, u32 rank) {
+  float2 x;
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [at];\n}"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_remote(const float4* p, u32 rank) {
+  float4 x;
+  asm volatile(
+      "{\n.reg .b32 at;\n"
+      "mapa.shared::cluster.u32 at, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [at];\n}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return x;
+}
 
 #else
 
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ u32 cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+__device__ __forceinline__ void store_remote(int* p, int value, u32) { *p = value; }
 __device__ __forceinline__ u64 load_remote(const u64* p, u32) { return *p; }
+__device__ __forceinline__ float2 load_remote(const float2* p, u32) { return *p; }
+__device__ __forceinline__ float4 load_remote(const float4* p, u32) { return *p; }
 
 #endif

@@ -22,3 +22,37 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Bar
       "l"(&map), "r"(full.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
+
+// The same for what is read once: its lines are the first that the L2 cache gives up.
+__device__ __forceinline__ void tma_load_once(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2,
+                                              int c3, int c4) {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(full.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+
+// The same into both blocks of a cluster of two, at the same place and told to the same barrier of each.
+__device__ __forceinline__ void tma_load_both(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2,
+                                              int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(full.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(u16(3))
+      : "memory");
+}
+
+// Copy a box from shared memory to the tensor; elements outside of it are left out. What ordinary stores wrote there
+// needs fence_async_shared() first. Belongs to this thread's next bulk_commit().
+__device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int c0, int c1, int c2, int c3,
+                                          int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Wait until the copy engine has read all that this thread committed: its shared memory may be written again.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

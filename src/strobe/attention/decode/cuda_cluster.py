@@ -1,0 +1,113 @@
+"""Decode with no plan and no scratch: a cluster of blocks for each key head, merged in shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from strobe.attention import paged
+from strobe.attention.problem import AttentionProblem
+from strobe.cuda import jit
+
+IDEA = "a cluster of SMs a key head, its tiles dealt out, merged through distributed shared memory"
+
+MAX_BATCH = 65535
+_SOURCE = Path(__file__).with_suffix(".cu")
+_HALF_AN_SM = 113 * 1024
+_SMS = 128
+"""That one row shall keep busy. Not the device's own number: a row's bits follow from the cluster's size."""
+
+
+def refusals(problem: AttentionProblem) -> list[str]:
+    reasons = paged.refusals(problem)
+    if problem.batch > MAX_BATCH:
+        reasons.append(f"batch {problem.batch}; supported: up to {MAX_BATCH}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Shape(paged.Tiles):
+    """What the kernel is compiled for, and the blocks of a cluster: 1, 2, 4, 8 or 16.
+
+    `blocks` of this size are meant to share an SM. `windowed`: a window hides old keys.
+    """
+
+    blocks: int = 2
+    windowed: bool = False
+    cluster: int = 16
+
+    def shared_bytes(self) -> int:
+        return self.rings_bytes + self.shares_bytes
+
+    def defines(self) -> dict[str, jit.Define]:
+        return {**super().defines(), "BLOCKS": self.blocks, "WINDOWED": self.windowed}
+
+
+def choose_shape(problem: AttentionProblem) -> Shape:
+    """The same for every batch, so that a row's bits depend on its own length alone."""
+    shape = Shape(**asdict(paged.tiles(problem)), windowed=problem.window[0] >= 0)
+    return _choose(shape, problem.kv_heads * _row_blocks(problem, shape))
+
+
+@lru_cache(maxsize=4096)
+def _choose(shape: Shape, segments: int) -> Shape:
+    """As many blocks a segment as one row needs to fill the GPU; as many stages as fit in half an SM for 4
+    warps, or else in a whole one: the other half is for another row, or for the kernel behind."""
+    cluster = next(size for size in (16, 8, 4, 2, 1) if size * segments <= _SMS or size == 1)
+    fitting = (
+        replace(shape, warps=4, stages=stages, blocks=blocks, cluster=cluster)
+        for blocks, room, fewest in ((2, _HALF_AN_SM, 2), (1, paged.SHARED_LIMIT, 1))
+        for stages in range(8, fewest - 1, -1)
+        if replace(shape, warps=4, stages=stages).shared_bytes() <= room
+    )
+    return next(fitting)
+
+
+def run(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    shape: Shape | None = None,
+) -> None:
+    """k and v are pages, on 16 bytes and in strides of multiples of 16 bytes.
+
+    Raises:
+        ProblemError: other strides.
+    """
+    shape = shape or choose_shape(problem)
+    params = paged.params(problem, q.reshape(-1, *q.shape[-2:]), out.view(-1, *out.shape[-2:]), lse)
+    params.row_blocks = _row_blocks(problem, shape)
+    params.segments = problem.kv_heads * params.row_blocks
+    sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
+    params.sinks = None if sinks is None else sinks.data_ptr()
+    jit.kernel(_SOURCE, "attend", shape.defines(), q.get_device())(
+        grid=(shape.cluster, params.segments, problem.batch),
+        block=32 * shape.warps,
+        args=[paged.tensor_map("k", k, shape), paged.tensor_map("v", v, shape), params],
+        shared_bytes=shape.shared_bytes(),
+        cluster=shape.cluster,
+        programmatic=True,
+    )
+
+
+def sources(arch: str) -> list[jit.Source]:
+    """One query a row over pages of 16: bfloat16 at every head_dim and the common groups at 128."""
+    if not paged.fits(int("".join(digit for digit in arch if digit.isdigit()))):
+        return []
+    examples = (
+        *((1, 4, head_dim, "bfloat16", None) for head_dim in paged.HEAD_DIMS),
+        *((1, group, 128, "bfloat16", None) for group in (1, 8, 16)),
+        (1, 4, 128, "bfloat16", paged.FP8),
+    )
+    shapes = dict.fromkeys(choose_shape(paged.example(*each)) for each in examples)
+    return [jit.Source(_SOURCE, each) for each in {str(s.defines()): s.defines() for s in shapes}.values()]
+
+
+def _row_blocks(problem: AttentionProblem, shape: Shape) -> int:
+    return -(-problem.group * problem.q_len // shape.columns)

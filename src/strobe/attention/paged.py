@@ -1,0 +1,232 @@
+"""What the kernels over a paged cache share: what they refuse, their tiles, parameter and tensor maps."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from strobe.attention import dense
+from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
+from strobe.cuda import jit
+from strobe.errors import ProblemError
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+MAX_Q_LEN = 16
+MAX_PAGE_SIZE = 256
+FP8 = "float8_e4m3fn"
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a block may have (compute capability 9.0)."""
+NOTHING, HINTS, READS = range(3)
+"""What a kernel does before the one ahead of it in the stream has ended (tile_stream.cuh, EARLY)."""
+_DTYPES = ("bfloat16", "float16")
+
+
+def refusals(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if not problem.paged:
+        reasons.append("needs a paged cache")
+    elif not 1 <= problem.page_size <= MAX_PAGE_SIZE:
+        reasons.append(f"page_size {problem.page_size}; supported: 1 to {MAX_PAGE_SIZE}")
+    if not fits(problem.arch):
+        reasons.append(
+            "needs an NVIDIA GPU with bulk copies and 227 KiB of shared memory a block (9.0, 10.x)"
+        )
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
+    elif problem.kv_dtype not in (problem.dtype, FP8):
+        reasons.append(f"cache in {problem.kv_dtype}; supported: q's dtype, {FP8}")
+    if problem.kv_dtype == FP8 and problem.head_dim % 32:
+        reasons.append(f"head_dim {problem.head_dim} with a cache in {FP8}; supported: multiples of 32")
+    if problem.head_dim not in HEAD_DIMS:
+        reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
+    if problem.q_len > MAX_Q_LEN:
+        reasons.append(f"q_len {problem.q_len}; supported: up to {MAX_Q_LEN}")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a kernel is compiled for.
+
+    A tile is `keys` keys of one key head; a block reads `heads` key heads side by side for
+    `column_tiles` * 8 query rows of each, and each of its warps holds `stages` tiles of K and V.
+    `read_once` lets the L2 cache give tiles up first. `early` is NOTHING, HINTS or READS; READS promises
+    that the kernel ahead writes no more than q and the cache's keys and values of this call's queries.
+    """
+
+    head_dim: int
+    group: int
+    page_size: int
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    softcap: bool = False
+    sinks: bool = False
+    column_tiles: int = 1
+    keys: int = 16
+    heads: int = 1
+    warps: int = 8
+    stages: int = 3
+    read_once: bool = False
+    early: int = NOTHING
+
+    @property
+    def columns(self) -> int:
+        return 8 * self.column_tiles
+
+    @property
+    def row_bytes(self) -> int:
+        return DTYPE_BYTES[self.kv_dtype] * self.head_dim
+
+    @property
+    def span(self) -> int:
+        """Bytes that the copy engine swizzles over."""
+        return next(span for span in (128, 64, 32) if self.row_bytes % span == 0)
+
+    @property
+    def run(self) -> int:
+        """Keys in one bulk copy: they stand in one page and one tile."""
+        return math.gcd(self.page_size, self.keys)
+
+    @property
+    def shares_bytes(self) -> int:
+        """`Shared`: what the warps leave of a segment, their barriers, an integer a warp."""
+        shares = 4 * self.warps * self.columns * (self.head_dim + 4 + 2)
+        return up(shares + 8 * self.warps * self.stages + 4 * self.warps, 16)
+
+    @property
+    def rings_bytes(self) -> int:
+        """All tiles of all warps."""
+        tile = up(self.keys // self.run * up(self.run * self.row_bytes, 128), 1024)
+        return 2 * self.warps * self.stages * tile
+
+    def defines(self) -> dict[str, jit.Define]:
+        return {
+            "HEAD_DIM": self.head_dim,
+            "GROUP": self.group,
+            "PAGE_SIZE": self.page_size,
+            "scalar_t": dense.SCALAR[self.dtype],
+            "kv_t": dense.SCALAR.get(self.kv_dtype, "u8"),
+            "SOFTCAP": self.softcap,
+            "SINKS": self.sinks,
+            "COLUMN_TILES": self.column_tiles,
+            "KEYS": self.keys,
+            "HEADS": self.heads,
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "READ_ONCE": self.read_once,
+            "EARLY": self.early,
+        }
+
+
+def up(n: int, multiple: int) -> int:
+    """`n` rounded up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
+def tiles(problem: AttentionProblem) -> Tiles:
+    """The problem's tiles, with the defaults for heads, warps and stages."""
+    rows = problem.group * problem.q_len
+    return Tiles(
+        problem.head_dim,
+        problem.group,
+        problem.page_size,
+        problem.dtype,
+        problem.kv_dtype or problem.dtype,
+        problem.softcap > 0,
+        problem.sinks is not None,
+        column_tiles=1 if rows <= 8 or problem.head_dim > 192 else 2,
+    )
+
+
+def example(batch: int, group: int, head_dim: int, dtype: str, kv_dtype: str | None) -> AttentionProblem:
+    """Of the kind that is compiled ahead: one query a row over pages of 16, 8 key heads."""
+    return AttentionProblem(
+        *(batch, 1, 1, 8 * group, 8, head_dim, dtype),
+        kv_dtype=kv_dtype,
+        layout=Paged(None, None),
+        page_size=16,
+    )
+
+
+def fits(arch: int) -> bool:
+    """Bulk copies, and shared memory for the warps' rings."""
+    return arch >= 90 and dense.shared_memory(arch) >= SHARED_LIMIT
+
+
+class Params(ctypes.Structure):
+    """`Params` of attend_tile.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "out", "lse", "seq_lens", "page_table", "cu_seqlens_q")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "k_scale", "v_scale", "partials")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("lse_row", "lse_head")),
+        *((name, ctypes.c_int) for name in ("batch", "segments", "q_len", "row_blocks", "table_stride")),
+        *((name, ctypes.c_int) for name in ("left", "right")),
+        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_scale")),
+        *((name, ctypes.c_int) for name in ("table_columns", "hint_lines")),
+    ]
+
+
+def params(problem: AttentionProblem, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> Params:
+    """All but `segments`, `row_blocks`, `partials`, `hint_lines` and `sinks`.
+
+    q and out are `[tokens, heads, head_dim]`.
+    """
+    layout, scale = cast(Paged, problem.layout), problem.scale or 0.0
+    filled = Params(
+        q=q.data_ptr(),
+        out=out.data_ptr(),
+        seq_lens=layout.seq_lens.data_ptr(),
+        page_table=layout.page_table.data_ptr(),
+        q_token_stride=q.stride(0),
+        q_head_stride=q.stride(1),
+        out_token_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        batch=problem.batch,
+        q_len=problem.q_len,
+        table_stride=layout.page_table.stride(0),
+        left=problem.window[0],
+        right=problem.window[1],
+        scale_log2=scale * math.log2(math.e),
+        softcap_log2=problem.softcap * math.log2(math.e),
+        softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
+        table_columns=layout.page_table.shape[1],
+    )
+    if layout.cu_seqlens_q is not None:
+        filled.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
+    if layout.k_scale is not None and layout.v_scale is not None:
+        filled.k_scale, filled.v_scale = layout.k_scale.data_ptr(), layout.v_scale.data_ptr()
+    if lse is not None:
+        filled.lse = lse.data_ptr()
+        filled.lse_row_stride, filled.lse_head_stride = lse.stride(0), lse.stride(-2)
+    return filled
+
+
+def tensor_map(name: str, pages: torch.Tensor, shape: Tiles) -> jit.TensorMap:
+    """Pages as `[pages, kv_heads, page_size, spans, span]`; a box is one run of keys of one head.
+
+    No promotion in L2: fetching 256 bytes for each request of 128 costs 5 % of the bandwidth.
+    """
+    count, page_size, kv_heads, _ = pages.shape
+    size = pages.element_size()
+    page, token, head = (stride * size for stride in pages.stride()[:3])
+    if any(stride % 16 for stride in (page, token, head)) or pages.data_ptr() % 16:
+        raise ProblemError(
+            f"{name}'s pages, tokens and heads are {page}, {token} and {head} bytes apart; "
+            "supported: multiples of 16, on 16 bytes"
+        )
+    span, spans = shape.span // size, shape.row_bytes // shape.span
+    return jit.tensor_map(
+        pages.data_ptr(),
+        str(pages.dtype).removeprefix("torch."),
+        (span, spans, page_size, kv_heads, count),
+        (shape.span, token, head, page),
+        (span, spans, shape.run, 1, 1),
+        swizzle=shape.span,
+        l2_promotion=0,
+    )
