@@ -9,15 +9,15 @@ namespace emulator {
 
 using Work = std::function<void()>;
 
-enum Engine { COPIES, PRODUCTS, ENGINES };  // each has groups of its own: cp.async, wgmma
+enum Engine { COPIES, PRODUCTS, STORES, ENGINES };  // each has groups of its own: cp.async, wgmma, bulk stores
 
 // For the current thread's open group of an engine; closing it; doing all but its newest `pending` closed groups.
 void defer(Engine engine, Work work);
 void commit(Engine engine);
 void wait_for(Engine engine, int pending);
 
-// To be done when some thread next looks at the barrier that stands there.
-void defer_until_looked_at(const void* barrier, Work work);
+// To be done when some thread of the cluster's block `rank` next looks at the barrier that stands there.
+void defer_until_looked_at(const void* barrier, uint32_t rank, Work work);
 void do_deferred(const void* barrier);
 
 }  // namespace emulator

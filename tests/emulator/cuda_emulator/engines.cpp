@@ -82,6 +82,14 @@ void matrices_of_warp(void* const* lanes) {
   }
 }
 
+void store_matrices_of_warp(void* const* lanes) {
+  for (int i = 0; i < 4; ++i)
+    for (int lane = 0; lane < 32; ++lane) {
+      const unsigned char* row = static_cast<Matrices*>(lanes[8 * i + lane / 4])->row;
+      memcpy(const_cast<unsigned char*>(row) + lane % 4 * 4, &static_cast<Matrices*>(lanes[lane])->m[i], 4);
+    }
+}
+
 void transpose_of_warp(void* const* lanes) {
   uint16_t matrix[8][8];
   for (int lane = 0; lane < 32; ++lane) memcpy(&matrix[lane / 4][lane % 4 * 2], lanes[lane], 4);
@@ -180,38 +188,45 @@ struct TensorMap {  // as tensor_map.py has it
 };
 static_assert(sizeof(TensorMap) <= 128);
 
-void copy_box(const TensorMap& map, unsigned char* shared, const int (&first)[5], Where where) {
-  const uint32_t row_bytes = map.box[0] * map.element_bytes, base = shared_address(shared);
-  const uint32_t span = map.swizzle ? map.swizzle - 16 : 0;
-  uint32_t offset = 0;
-  int at[5];
-  for (int e = 0; e < map.box[4]; ++e)
-    for (int d = 0; d < map.box[3]; ++d)
-      for (int c = 0; c < map.box[2]; ++c)
-        for (int b = 0; b < map.box[1]; ++b)
-          for (int chunk = 0; chunk < map.box[0]; chunk += 16 / map.element_bytes, offset += 16) {
-            const int local[5] = {chunk, b, c, d, e};
-            unsigned char bytes[16] = {};
-            uint64_t from = map.pointer;
-            bool inside = true;
-            for (int i = 0; i < 5; ++i) {
-              at[i] = first[i] + local[i];
-              inside &= at[i] >= 0 && uint32_t(at[i]) < map.sizes[i];
-              from += at[i] * map.strides[i];
-            }
-            if (inside) {
-              const uint32_t width = std::min<uint32_t>(16, (map.sizes[0] - at[0]) * map.element_bytes);
-              for (uint32_t i = 0; i < width; i += map.element_bytes)
-                check_access(reinterpret_cast<void*>(from + i), map.element_bytes, false, where);
-              memcpy(bytes, reinterpret_cast<void*>(from), width);
-            }
-            const uint32_t to = base + offset;
-            unsigned char* target = shared_pointer(to ^ (to >> 3 & span));
-            check_access(target, 16, true, where);
-            memcpy(target, bytes, 16);
-          }
-  (void)row_bytes;
+// Call `move(place in the tensor, place in shared memory, bytes)` for every 16 bytes of a box; the first is null, and
+// bytes fewer, where they stand outside the tensor.
+template <class Move>
+void walk_box(const TensorMap& map, uint32_t shared, const Coordinates& first, const Move& move) {
+  const uint32_t span = map.swizzle ? map.swizzle - 16 : 0, step = 16 / map.element_bytes;
+  Coordinates in_box = {};
+  for (uint32_t to = shared; in_box[4] < map.box[4]; to += 16) {
+    uint64_t from = map.pointer;
+    bool inside = true;
+    for (int i = 0; i < 5; ++i) {
+      const int at = first[i] + in_box[i];
+      inside &= at >= 0 && uint32_t(at) < map.sizes[i];
+      from += at * map.strides[i];
+    }
+    const uint32_t left = (map.sizes[0] - first[0] - in_box[0]) * map.element_bytes;
+    move(inside ? reinterpret_cast<unsigned char*>(from) : nullptr, shared_pointer(to ^ (to >> 3 & span)),
+         inside ? std::min(16u, left) : 0);
+    in_box[0] += step;
+    for (int i = 0; i < 4 && in_box[i] >= map.box[i]; ++i) in_box[i] = 0, ++in_box[i + 1];
+  }
 }
+
+uint32_t check_box(const TensorMap& map, uint32_t shared, const Coordinates& first, Where where) {
+  if (shared % 128) fail(where, "a tensor copy at %#x in shared memory, off 128 bytes", shared);
+  if (first[0] * map.element_bytes % 16) fail(where, "a tensor copy at column %d, off 16 bytes", first[0]);
+  uint32_t bytes = map.element_bytes;
+  for (int n : map.box) bytes *= n;
+  return bytes;
+}
+
+struct Box {  // a copy to be done
+  TensorMap map;
+  uint32_t shared;
+  Coordinates first;
+
+  Box(const void* map, uint32_t shared, const Coordinates& at) : map(*static_cast<const TensorMap*>(map)), shared(shared) {
+    std::copy(std::begin(at), std::end(at), first);
+  }
+};
 
 }  // namespace
 
@@ -219,6 +234,12 @@ void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where wh
   Matrices mine{m, shared_pointer(address), transposed};
   check_access(mine.row, 16, false, where);
   meet_warp(~0u, &mine, matrices_of_warp, where);
+}
+
+void store_matrices(uint32_t address, const uint32_t (&m)[4], Where where) {
+  Matrices mine{const_cast<uint32_t*>(m), shared_pointer(address), false};
+  check_access(mine.row, 16, true, where);
+  meet_warp(~0u, &mine, store_matrices_of_warp, where);
 }
 
 uint32_t transpose_matrix(uint32_t rows, Where where) {
@@ -265,13 +286,20 @@ void barrier_init(uint64_t* barrier, int count, Where where) {
   *reinterpret_cast<Phase*>(barrier) = {0, int16_t(count), uint16_t(count)};
 }
 
-void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
-  Phase& phase = phase_of(barrier, where);
-  if (!phase.pending) fail(where, "more arrivals than the barrier's %d", phase.count());
+void arrive(Phase& phase, uint32_t expected_bytes, Where where) {
+  if (phase.pending <= 0) fail(where, "more arrivals than the barrier's %d", phase.count());
   phase.bytes += expected_bytes;
   --phase.pending;
   phase.end_if_complete();
   look(true, where);
+}
+
+void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
+  arrive(phase_of(barrier, where), expected_bytes, where);
+}
+
+void barrier_arrive_at(uint64_t* barrier, uint32_t rank, Where where) {
+  arrive(*static_cast<Phase*>(remote_shared(barrier, 8, rank, where)), 0, where);
 }
 
 bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
@@ -280,25 +308,35 @@ bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
   return look(phase_of(barrier, where).parity() != parity, where);
 }
 
-void tma_load(void* shared, const void* map, uint64_t* barrier, const int (&coordinates)[5], Where where) {
-  const TensorMap& tensor = *static_cast<const TensorMap*>(map);
-  uint32_t bytes = tensor.element_bytes;
-  for (int n : tensor.box) bytes *= n;
-  if (shared_address(shared) % 128) fail(where, "a tensor copy to %#x, off 128 bytes", shared_address(shared));
-  if (coordinates[0] * tensor.element_bytes % 16) fail(where, "a tensor copy from column %d, off 16 bytes", coordinates[0]);
-  check_access(shared, 16, true, where);
-  phase_of(barrier, where);
-  struct Copy {
-    TensorMap map;
-    unsigned char* shared;
-    int first[5];
-  } copy{tensor, static_cast<unsigned char*>(shared), {}};
-  std::copy(std::begin(coordinates), std::end(coordinates), copy.first);
-  defer_until_looked_at(barrier, [=] {
-    copy_box(copy.map, copy.shared, copy.first, where);
-    bytes_came(barrier, bytes, where);
+void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, uint32_t blocks, Where where) {
+  const Box box(map, shared_address(shared), first);
+  const uint32_t bytes = check_box(box.map, box.shared, first, where);
+  for (uint32_t rank = 0; rank < cluster_size(); ++rank)
+    if (blocks ? blocks >> rank & 1 : rank == cluster_rank())
+      defer_until_looked_at(barrier, rank, [=] {
+        walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
+          check_access(to, 16, true, where);
+          memset(to, 0, 16);
+          for (uint32_t i = 0; i < size; i += 2) check_access(from + i, std::min(2u, size), false, where);
+          if (from) memcpy(to, from, size);
+        });
+        bytes_came(barrier, bytes, where);
+      });
+}
+
+void tma_store(const void* map, const void* shared, const Coordinates& first, Where where) {
+  const Box box(map, shared_address(shared), first);
+  check_box(box.map, box.shared, first, where);
+  defer(STORES, [=] {
+    walk_box(box.map, box.shared, box.first, [=](unsigned char* to, const unsigned char* from, uint32_t size) {
+      check_access(from, 16, false, where);
+      for (uint32_t i = 0; i < size; i += 2) check_access(to + i, std::min(2u, size), true, where);
+      if (to) memcpy(to, from, size);
+    });
   });
 }
+void commit_stores() { commit(STORES); }
+void wait_stores(int pending) { wait_for(STORES, pending); }
 
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Where where) {
   if (shared_address(shared) % 16 || uintptr_t(global) % 16 || bytes % 16)
@@ -308,7 +346,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     check_access(static_cast<const char*>(global) + i, 16, false, where);
     check_access(static_cast<char*>(shared) + i, 16, true, where);
   }
-  defer_until_looked_at(barrier, [=] {
+  defer_until_looked_at(barrier, cluster_rank(), [=] {
     memcpy(shared, global, bytes);
     bytes_came(barrier, bytes, where);
   });

@@ -12,14 +12,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cuda_emulator import kernel, tensor_map
-from strobe.cuda import jit
+from strobe.cuda import jit, launch
 
 _indices: dict[int, int] = {}
 
 
 @contextmanager
 def emulated_gpu(sm_count: int = 132) -> Iterator[None]:
-    """Within, every tensor is on a GPU of compute capability 9.0, and strobe's CUDA kernels run in the emulator.
+    """Within, tensors are on a GPU of compute capability 9.0, and strobe's CUDA kernels run in the emulator.
 
     strobe's own host code runs: `attention(q, k, v, kernel="cuda_async")`, `rung.run(...)`,
     `torch.randn(..., device="cuda")`. With few SMs, the blocks of a persistent kernel have more to do each.
@@ -35,23 +35,35 @@ def emulated_gpu(sm_count: int = 132) -> Iterator[None]:
         L2_cache_size=50 << 20,
         shared_memory_per_block_optin=227 << 10,
     )
-    cuda = {
-        "is_available": lambda: True,
-        "device_count": lambda: index + 1,
-        "current_device": lambda: index,
-        "get_device_properties": lambda *_: properties,
-        "get_device_capability": lambda *_: (9, 0),
-        "current_stream": lambda *_: SimpleNamespace(cuda_stream=0),
-        "is_current_stream_capturing": lambda: False,
-        "synchronize": lambda *_: None,
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    driver = SimpleNamespace(
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
+        cuThreadExchangeStreamCaptureMode=lambda mode: (SimpleNamespace(value=0), mode),
+    )
+    stand_ins = {
+        torch.cuda: {
+            "is_available": lambda: True,
+            "device_count": lambda: index + 1,
+            "current_device": lambda: index,
+            "get_device_properties": lambda *_: properties,
+            "get_device_capability": lambda *_: (9, 0),
+            "current_stream": lambda *_: stream,
+            "is_current_stream_capturing": lambda: False,
+            "synchronize": lambda *_: None,
+        },
+        torch._C: {
+            "_cuda_getDevice": lambda: index,
+            "_cuda_getCurrentRawStream": lambda _: 0,
+            "_cuda_isCurrentStreamCapturing": lambda: False,
+        },
+        jit: {"kernel": kernel.kernel, "tensor_map": tensor_map.tensor_map, "arch_of": lambda *_: "sm_90a"},
+        launch: {"_driver": lambda: driver},
     }
     with ExitStack() as stack:
-        for name, stand_in in cuda.items():
-            stack.enter_context(patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(patch.object(jit, "kernel", kernel.kernel))
-        stack.enter_context(patch.object(jit, "tensor_map", tensor_map.tensor_map))
-        stack.enter_context(patch.object(jit, "arch_of", lambda *_: "sm_90a"))
-        stack.enter_context(patch.object(kernel, "buffers", kernel.Buffers()))
+        for module, functions in stand_ins.items():
+            for name, stand_in in functions.items():
+                stack.enter_context(patch.object(module, name, stand_in, create=module is torch._C))
+        stack.callback(kernel.buffers.let_go)
         stack.enter_context(_EverythingOnGpu(torch.device("cuda", index)))
         yield
 

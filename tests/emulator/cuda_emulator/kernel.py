@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cuda_emulator import build
 from strobe.cuda.launch import Dim, _argument, _dim3
@@ -19,30 +22,37 @@ class EmulationError(Exception):
 
 
 class Buffers:
-    """The memory that kernels may touch: every tensor whose address was asked for."""
+    """The memory that kernels may touch: tensors whose address was asked for, as far as elements reach."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[int, int], Any] = {}
+        self._held: list[torch.Tensor] = []
+        self._older: list[weakref.ref[torch.Tensor]] = []
 
-    def add(self, tensor: Any) -> None:
-        """Remember a tensor's extent, and keep it: its memory is not another's while kernels run."""
-        if not tensor.numel():
-            return
-        span = 1 + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        begin = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
-        self._tensors[begin, begin + span * tensor.element_size()] = tensor
+    def add(self, tensor: torch.Tensor) -> None:
+        """Remember a tensor, and keep it: its memory must not become another's."""
+        self._held.append(tensor)
 
-    def merged(self) -> list[tuple[int, int]]:
-        """In ascending order; those that overlap or touch are one."""
+    def let_go(self) -> None:
+        """Keep no tensor alive any more; those that others keep still count."""
+        self._older = [ref for ref in self._older if ref() is not None] + [weakref.ref(x) for x in self._held]
+        self._held = []
+
+    def extents(self) -> list[tuple[int, int]]:
+        """First byte and end of each, ascending; those that overlap or touch are one."""
+        older = [tensor for ref in self._older if (tensor := ref()) is not None]
         found: list[tuple[int, int]] = []
-        for begin, end in sorted(self._tensors):
+        for begin, end in sorted({_extent(tensor) for tensor in (*older, *self._held) if tensor.numel()}):
             if found and begin <= found[-1][1]:
                 found[-1] = (found[-1][0], max(end, found[-1][1]))
             else:
                 found.append((begin, end))
         return found
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
+    return begin, begin + reach * tensor.element_size()
 
 
 buffers = Buffers()
@@ -82,6 +92,10 @@ class Launch:
         self.kernel, self.grid, self.block = kernel, _dim3(grid), _dim3(block)
         self.cluster, self.shared_bytes = _dim3(cluster or 1), shared_bytes
         self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
+        self._addresses = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
+
+    def point(self, argument: int, address: int) -> None:
+        self._addresses[argument] = address
 
     def __call__(self, stream: int | None = None) -> None:
         """Run every block to its end.
@@ -89,14 +103,13 @@ class Launch:
         Raises:
             EmulationError: an access out of bounds, a deadlock, a divergent barrier, ...
         """
-        count, ranges = len(self.args), buffers.merged()
-        addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, self.args))
-        sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, self.args))
-        pairs = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for pair in ranges for edge in pair))
+        extents = buffers.extents()
+        sizes = (ctypes.c_size_t * len(self.args))(*map(ctypes.sizeof, self.args))
+        edges = (ctypes.c_uint64 * (2 * len(extents)))(*(edge for extent in extents for edge in extent))
         launch = _Launch(
             *((ctypes.c_uint32 * 3)(*_dim3(dim)) for dim in (self.grid, self.block, self.cluster)),
-            *(self.shared_bytes, count, len(ranges)),
-            *map(ctypes.addressof, (addresses, sizes, pairs)),
+            *(self.shared_bytes, len(self.args), len(extents)),
+            *map(ctypes.addressof, (self._addresses, sizes, edges)),
         )
         self.kernel.run(launch)
 
@@ -106,8 +119,8 @@ class Kernel:
 
     max_shared_bytes = 227 * 1024
 
-    def __init__(self, built: Path, entry: str) -> None:
-        self.name, self._built = entry, built
+    def __init__(self, built: Path, entry: str, device: int) -> None:
+        self.name, self.device, self._built = entry, device, built
         library = _load(built)
         self._entry = ctypes.addressof(ctypes.c_char.in_dll(library, f"emulated_{entry}"))
         self._emulate = library.emulate
@@ -151,9 +164,10 @@ def kernel(
     source: Path, entry: str, defines: Mapping[str, Define] | None = None, device: int | None = None
 ) -> Kernel:
     """As `jit.kernel`."""
-    return _kernel(source, entry, tuple(sorted((defines or {}).items())))
+    device = torch.cuda.current_device() if device is None else device
+    return _kernel(source, entry, tuple(sorted((defines or {}).items())), device)
 
 
 @cache
-def _kernel(source: Path, entry: str, defines: tuple[tuple[str, Define], ...]) -> Kernel:
-    return Kernel(build.library(source, dict(defines)), entry)
+def _kernel(source: Path, entry: str, defines: tuple[tuple[str, Define], ...], device: int) -> Kernel:
+    return Kernel(build.library(source, dict(defines)), entry, device)

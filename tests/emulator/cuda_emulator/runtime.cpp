@@ -203,22 +203,6 @@ void release_if_complete(Barrier& barrier) {
 
 std::map<int, Act> acts_by_warp;  // of lanes that wait, for those that end meanwhile
 
-void body() {
-  kernel->call(launch->arguments);
-  self->state = State::ENDED;
-  --block->running;
-  --block->cluster->running;
-  happened();
-  release_if_complete(block->barriers[0]);
-  release_if_complete(*block->cluster);
-  const int warp = self->number / 32;
-  if (const unsigned waiting = block->waiting_lanes[warp]) {
-    Thread& first = warp_of(warp)[__builtin_ctz(waiting)];
-    complete_warp(warp, first.mask, acts_by_warp[warp], first);
-  }
-  resume_next();
-}
-
 std::string text(const char* format, ...) {
   char line[1024];
   va_list values;
@@ -237,6 +221,24 @@ std::string text(Dim at) { return text("(%u, %u, %u)", at.x, at.y, at.z); }
 
 std::string who() {
   return text("%s, block %s, thread %s", kernel->name, text(block->index).c_str(), text(self->index).c_str());
+}
+
+void body() {
+  kernel->call(launch->arguments);
+  if (!self->open[STORES].empty() || !self->closed[STORES].empty())
+    stop(who() + " ends while the copy engine reads its shared memory");
+  self->state = State::ENDED;
+  --block->running;
+  --block->cluster->running;
+  happened();
+  release_if_complete(block->barriers[0]);
+  release_if_complete(*block->cluster);
+  const int warp = self->number / 32;
+  if (const unsigned waiting = block->waiting_lanes[warp]) {
+    Thread& first = warp_of(warp)[__builtin_ctz(waiting)];
+    complete_warp(warp, first.mask, acts_by_warp[warp], first);
+  }
+  resume_next();
 }
 
 // Where each warp stands.
@@ -335,6 +337,9 @@ void run_grid() {
         ++i;
         continue;
       }
+      if (!started[i]->deferred.empty())
+        failure = text("%s: block %s ends with copies into its shared memory that nobody waited for", kernel->name,
+                       text(started[i]->index).c_str());
       started[i]->cluster->blocks[started[i]->rank] = loaded = nullptr;
       spare_stacks.push_back(started[i]->stacks);
       started.erase(started.begin() + i);
@@ -441,12 +446,18 @@ void cluster_wait(Where where) {
   pause(State::IN_CLUSTER, where);
 }
 
-const void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where) {
+void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where) {
   const auto& blocks = block->cluster->blocks;
   if (rank >= blocks.size()) fail(where, "block %u of a cluster of %zu", rank, blocks.size());
-  if (!blocks[rank]) fail(where, "reads shared memory of block %u of its cluster, which has ended", rank);
+  if (!blocks[rank]) fail(where, "asks for shared memory of block %u of its cluster, which has ended", rank);
   check_access(p, bytes, false, where);
-  return rank == block->rank ? p : blocks[rank]->shared.data() + (static_cast<const unsigned char*>(p) - __start_shared_memory);
+  unsigned char* const here = static_cast<unsigned char*>(const_cast<void*>(p));
+  return blocks[rank] == loaded ? here : blocks[rank]->shared.data() + (here - __start_shared_memory);
+}
+
+void store_remote(void* p, const void* value, size_t bytes, uint32_t rank, Where where) {
+  memcpy(remote_shared(p, bytes, rank, where), value, bytes);
+  ++block->cluster->blocks[rank]->events;
 }
 
 void defer(Engine engine, Work work) { self->open[engine].push_back(std::move(work)); }
@@ -462,7 +473,11 @@ void wait_for(Engine engine, int pending) {
     for (const Work& work : closed.front()) work();
 }
 
-void defer_until_looked_at(const void* barrier, Work work) { block->deferred[barrier].push_back(std::move(work)); }
+void defer_until_looked_at(const void* barrier, uint32_t rank, Work work) {
+  Block* const target = block->cluster->blocks[rank];
+  if (target) target->deferred[barrier].push_back(std::move(work));
+  ++target->events;
+}
 
 void do_deferred(const void* barrier) {
   const auto found = block->deferred.find(barrier);

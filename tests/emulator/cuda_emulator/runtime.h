@@ -41,6 +41,7 @@ void* dynamic_shared(size_t alignment);  // on a multiple of it, and of no large
 enum class Type { F16, BF16 };
 
 void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where where);
+void store_matrices(uint32_t address, const uint32_t (&m)[4], Where where);
 uint32_t transpose_matrix(uint32_t rows, Where where);
 void mma(Type type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where);
 
@@ -63,9 +64,15 @@ void wait_copies(int pending);
 // An mbarrier: 8 bytes of shared memory.
 void barrier_init(uint64_t* barrier, int count, Where where);
 void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where);
+void barrier_arrive_at(uint64_t* barrier, uint32_t rank, Where where);  // in another block of the cluster
 bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where);
 
-void tma_load(void* shared, const void* map, uint64_t* barrier, const int (&coordinates)[5], Where where);
+using Coordinates = int[5];  // innermost first
+// Into the same place of the cluster's `blocks` (a mask; 0: this one), each told by its own barrier.
+void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, uint32_t blocks, Where where);
+void tma_store(const void* map, const void* shared, const Coordinates& first, Where where);
+void commit_stores();
+void wait_stores(int pending);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Where where);
 
 // --- clusters ----------------------------------------------------------------------------------------
@@ -74,7 +81,8 @@ uint32_t cluster_rank();
 uint32_t cluster_size();
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
-const void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where);  // p's place in another block
+void store_remote(void* p, const void* value, size_t bytes, uint32_t rank, Where where);
+void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where);  // p's place in another block
 
 // --- kernels -----------------------------------------------------------------------------------------
 

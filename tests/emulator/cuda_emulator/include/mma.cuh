@@ -14,6 +14,9 @@ inline void load_matrices(u32 (&m)[4], u32 address, Where where = Where::current
 inline void load_matrices_transposed(u32 (&m)[4], u32 address, Where where = Where::current()) {
   emulator::load_matrices(m, address, true, where);
 }
+inline void store_matrices(u32 address, const u32 (&m)[4], Where where = Where::current()) {
+  emulator::store_matrices(address, m, where);
+}
 inline u32 transpose_matrix(u32 rows, Where where = Where::current()) { return emulator::transpose_matrix(rows, where); }
 
 template <typename T>
