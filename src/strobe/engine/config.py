@@ -44,6 +44,8 @@ class EngineConfig:
     attention_kernel: str = "auto"
     linear_kernel: str = "auto"
     """A rung of `strobe.linear`, or several by comma: each product takes the first that fits it."""
+    sampling_kernel: str = "auto"
+    """How tokens are drawn: "torch" (auto), or "cuda": one launch without a sort."""
     overlap: bool = False
     """Schedule and launch a step while the one before it runs, and read what it drew a step late."""
     graphs: bool = False
@@ -61,7 +63,7 @@ class EngineConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; supported: True or False")
-        for name in ("attention_kernel", "linear_kernel"):
+        for name in ("attention_kernel", "linear_kernel", "sampling_kernel"):
             if not isinstance(getattr(self, name), str):
                 raise SettingsError(f'{name} is {getattr(self, name)!r}; supported: a name, or "auto"')
         gib = self.kv_cache_gib

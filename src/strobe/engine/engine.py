@@ -15,7 +15,7 @@ from strobe.engine.kv_cache import KvCache
 from strobe.engine.memory import plan_pages
 from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
-from strobe.engine.sampler import Drawn, Sampled, Sampler
+from strobe.engine.sampler import Drawn, Sampled, Sampler, draw_for
 from strobe.engine.scheduler import Schedule, Scheduler
 from strobe.errors import OutOfPagesError, RequestError
 from strobe.linear import ladder as linear_ladder
@@ -61,7 +61,7 @@ class Engine:
         cache = KvCache(plan.pages, config.page_size, prefix_cache=config.prefix_cache)
         self.scheduler = Scheduler(config, cache)
         self.runner = Runner(model, config, plan.pages, plan.max_model_len)
-        self.sampler = Sampler(model.config.eos_token_ids)
+        self.sampler = Sampler(draw_for(config.sampling_kernel, model))
         self._stop_ids = frozenset(model.config.eos_token_ids)
         self._random = random.Random(config.seed)  # noqa: S311 - seeds of samples, not secrets
         self._arrived: deque[Request] = deque()

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 
+from strobe.engine.draw_cuda import CudaDraw
+from strobe.engine.draw_torch import TorchDraw
 from strobe.engine.request import Sequence, TokenLogprobs
 from strobe.engine.scheduler import Chunk, Schedule
 from strobe.engine.transfer import Readback
-from strobe.ops import sampling
+from strobe.errors import SettingsError
+from strobe.models.network import Model
+from strobe.ops import sampling_cuda
 
+KERNELS = ("auto", "torch", "cuda")
 _SCORED_ROWS = 256
 """Prompt tokens that are scored at once: a row of log-probabilities has the size of the vocabulary."""
+
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Log-probabilities: of the chosen `[rows]`, of the likeliest `[rows, top]`, and their token ids."""
+
+
+class Draw(Protocol):
+    """How tokens are drawn: TorchDraw, CudaDraw."""
+
+    def waits_for(self, sequences: SequenceOf[Sequence]) -> bool: ...
+
+    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor: ...
+
+    def logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, top: int, rows: list[int] | None = None
+    ) -> Scores: ...
+
+
+def draw_for(kernel: str, model: Model) -> Draw:
+    """How a model's tokens are drawn by the kernel of that name; "auto" is torch.
+
+    Raises:
+        SettingsError: there is no such kernel, or it does not take this model's logits.
+    """
+    stop_ids, vocab, device = model.config.eos_token_ids, model.config.vocab_size, model.device
+    if kernel not in KERNELS:
+        raise SettingsError(f"sampling_kernel is {kernel!r}; supported: {', '.join(KERNELS)}")
+    if kernel != "cuda":
+        return TorchDraw(stop_ids)
+    if refused := sampling_cuda.refusals(vocab, model.dtype, device):
+        raise SettingsError(f"sampling_kernel 'cuda' does not fit: {'; '.join(refused)}")
+    return CudaDraw(stop_ids, vocab, device)
 
 
 @dataclass(frozen=True)
@@ -28,11 +63,11 @@ class Drawn:
 
 
 class Sampled:
-    """Drawn tokens on the device, `token_ids` int64 `[rows]`, and a copy on its way to the host.
+    """Drawn tokens on the device, `token_ids` int64 `[rows]`, and copies on their way to the host.
 
-    `logprobs` are (chosen `[wanting]`, top values `[wanting, top]`, top ids) of the rows `wanting`, each
-    with the number of likeliest tokens that it asks for. `prompt_logprobs` go on from what each chunk's
-    request has.
+    `wanting` are the rows that want log-probabilities, each with the number of likeliest tokens that it
+    asks for; `logprobs` are theirs. `scored` are prompt tokens of a chunk, and their log-probabilities,
+    which go on from what the chunk's request has.
     """
 
     def __init__(
@@ -40,13 +75,16 @@ class Sampled:
         token_ids: torch.Tensor,
         wanting: SequenceOf[tuple[int, int]] = (),
         logprobs: SequenceOf[torch.Tensor] = (),
-        prompt_logprobs: tuple[tuple[Chunk, list[TokenLogprobs]], ...] = (),
+        scored: SequenceOf[tuple[Chunk, tuple[int, ...], Scores]] = (),
     ) -> None:
         self.token_ids = token_ids
         self._wanting = wanting
-        self._prompt_logprobs = prompt_logprobs
         self._readback = Readback(token_ids.device)
         self._copies = [self._readback.copy(tensor) for tensor in (token_ids, *logprobs)]
+        self._scored = [
+            (chunk, tokens, [self._readback.copy(tensor) for tensor in scores])
+            for chunk, tokens, scores in scored
+        ]
         self._readback.sent()
 
     def read(self) -> Drawn:
@@ -55,147 +93,62 @@ class Sampled:
         tokens, *logprobs = (copy.tolist() for copy in self._copies)
         found = {}
         for (row, top), chosen, values, ids in zip(self._wanting, *logprobs, strict=True):
-            found[row] = _token_logprobs(tokens[row], chosen, ids[:top], values[:top])
-        return Drawn(tokens, found, self._prompt_logprobs)
+            found[row] = _token_logprobs(tokens[row], chosen, values[:top], ids[:top])
+        scored = tuple(
+            (chunk, list(map(_token_logprobs, targets, *(copy.tolist() for copy in scores))))
+            for chunk, targets, scores in self._scored
+        )
+        return Drawn(tokens, found, scored)
 
 
-def _token_logprobs(token: int, logprob: float, ids: list[int], values: list[float]) -> TokenLogprobs:
+def _token_logprobs(token: int, logprob: float, values: list[float], ids: list[int]) -> TokenLogprobs:
     return TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
 
 
 class Sampler:
-    """`stop_ids` are the model's own end tokens, which `min_tokens` forbids."""
+    """Draws by `draw` what a step's logits give."""
 
-    def __init__(self, stop_ids: SequenceOf[int]) -> None:
-        self._stop_ids = tuple(stop_ids)
+    def __init__(self, draw: Draw) -> None:
+        self._draw = draw
 
     def waits_for(self, sequences: SequenceOf[Sequence]) -> bool:
         """True where a draw depends on the tokens before it in ways that the host works out, so that the
-        step before must be read first: penalties count them, a grammar goes on from them."""
-        return any(sequence.matcher is not None or sequence.params.penalised for sequence in sequences)
+        step before must be read first."""
+        return self._draw.waits_for(sequences)
 
     def sample(self, logits: torch.Tensor, schedule: Schedule) -> Sampled:
-        """A token for each of `schedule.sampled`, from `logits` as `Runner.run` lays them out."""
+        """A token for each of `schedule.sampled`, from `logits` as `Runner.run` lays them out; they may be
+        of any floating type. Launches, and does not wait."""
         count = len(schedule.sampled)
-        scores = tuple(self._score_prompts(logits[count:], schedule))
         sequences, rows = schedule.sampled, logits[:count]
-        token_ids = self._draw_rows(rows, sequences)
+        token_ids = self._draw.draw(rows, sequences)
+        scored = self._score_prompts(logits[count:], schedule) if schedule.scored else ()
         wanting = [
             (row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None
         ]
         if not wanting:
-            return Sampled(token_ids, prompt_logprobs=scores)
-        asked = [row for row, _ in wanting]
+            return Sampled(token_ids, scored=scored)
         top = min(max(top for _, top in wanting), rows.shape[1])
-        return Sampled(token_ids, wanting, sampling.logprobs(rows[asked], token_ids[asked], top), scores)
-
-    def _draw_rows(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-        """A token for each sequence from its row of `logits` `[rows, vocab]`."""
-        params = [sequence.params for sequence in sequences]
-        if all(p.plain for p in params):
-            return logits.argmax(dim=-1)
-        forbidden = [
-            (row, token)
-            for row, (sequence, p) in enumerate(zip(sequences, params, strict=True))
-            if p.min_tokens > sequence.output_len
-            for token in (*self._stop_ids, *p.stop_token_ids)
-            if token < logits.shape[1]
-        ]
-        penalised = [row for row, p in enumerate(params) if p.penalised]
-        biased = [(row, *item) for row, p in enumerate(params) for item in p.biases]
-        bound = [
-            row for row, s in enumerate(sequences) if s.matcher is not None and s.finish_reason is None
-        ]  # a row that the step before ended draws what is then dropped
-        if forbidden or penalised or biased or bound:
-            logits = logits.float().clone()
-        if penalised:
-            penalties = self._penalties(logits, [sequences[row] for row in penalised])
-            logits[penalised] = sampling.penalise(logits[penalised], penalties)
-        if forbidden:
-            logits[[row for row, _ in forbidden], [token for _, token in forbidden]] = -torch.inf
-        if biased:
-            rows, tokens, biases = zip(*biased, strict=True)
-            logits[list(rows), list(tokens)] += torch.tensor(biases).to(logits.device)
-        if bound:
-            allowed = self._allowed([sequences[row] for row in bound], logits.shape[1])
-            logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
-        token_ids = logits.argmax(dim=-1)
-        random = [row for row, p in enumerate(params) if not p.greedy]
-        if random:
-            token_ids[random] = self._draw(logits[random].float(), [sequences[row] for row in random])
-        return token_ids
+        logprobs = self._draw.logprobs(rows, token_ids, top, [row for row, _ in wanting])
+        return Sampled(token_ids, wanting, logprobs, scored)
 
     def _score_prompts(
         self, logits: torch.Tensor, schedule: Schedule
-    ) -> Iterator[tuple[Chunk, list[TokenLogprobs]]]:
+    ) -> list[tuple[Chunk, tuple[int, ...], Scores]]:
         """For each chunk of `schedule.scored` those prompt tokens that it gives log-probabilities of, and
         that have none yet; `logits` has a row for each of its tokens."""
-        row = 0
+        scored, row = [], 0
         for index in schedule.scored:
             chunk = schedule.chunks[index]
             request = chunk.sequence.request
-            known, prompt, top = (
-                len(request.prompt_logprobs),
-                request.prompt_token_ids,
-                request.params.prompt_logprobs,
-            )
+            known, prompt = len(request.prompt_logprobs), request.prompt_token_ids
+            top = min(request.params.prompt_logprobs or 0, logits.shape[1])
             first, end = max(chunk.start, known), min(chunk.end, len(prompt) - 1)
-            scores: list[TokenLogprobs] = []
             for start in range(first, end, _SCORED_ROWS):
                 stop = min(start + _SCORED_ROWS, end)
-                targets = torch.tensor(prompt[start + 1 : stop + 1], device=logits.device)
+                targets = prompt[start + 1 : stop + 1]
                 rows = logits[row + start - chunk.start : row + stop - chunk.start]
-                chosen, values, ids = sampling.logprobs(rows, targets, min(top or 0, logits.shape[1]))
-                scores += map(
-                    _token_logprobs, targets.tolist(), chosen.tolist(), ids.tolist(), values.tolist()
-                )
+                scores = self._draw.logprobs(rows, torch.tensor(targets, device=logits.device), top)
+                scored.append((chunk, targets, scores))
             row += chunk.end - chunk.start
-            yield chunk, scores
-
-    def _draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(logits.device, non_blocking=True)
-
-        params = [sequence.params for sequence in sequences]
-        uniforms = sampling.uniform(
-            np.array([sequence.seed for sequence in sequences], dtype=np.uint64),
-            np.array([sequence.output_len for sequence in sequences], dtype=np.uint64),
-        )
-        filters = None
-        if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
-            filters = sampling.Filters(
-                top_k=column([p.top_k if p.top_k > 0 else logits.shape[1] for p in params], torch.int64),
-                top_p=column([p.top_p for p in params]),
-                min_p=column([p.min_p for p in params]),
-            )
-        temperature = column([p.temperature for p in params])
-        return sampling.draw(logits, temperature, filters, torch.from_numpy(uniforms).to(logits.device))
-
-    def _allowed(self, sequences: list[Sequence], vocab: int) -> torch.Tensor:
-        """bool `[rows, vocab]`: what each sequence's grammar lets come next."""
-        allowed = torch.zeros(len(sequences), vocab, dtype=torch.bool)
-        for row, sequence in zip(allowed, sequences, strict=True):
-            if sequence.matcher is not None:
-                tokens = torch.from_numpy(sequence.matcher.allowed()[:vocab])
-                row[: len(tokens)] = tokens
-        return allowed
-
-    def _penalties(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> sampling.Penalties:
-        device, vocab = logits.device, logits.shape[1]
-
-        def counts(texts: list[SequenceOf[int]]) -> torch.Tensor:
-            row = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-            flat = row * vocab + np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
-            counted = np.bincount(flat, minlength=len(texts) * vocab).astype(np.float32)
-            return torch.from_numpy(counted.reshape(len(texts), vocab)).to(device)
-
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32).unsqueeze(1).to(device)
-
-        return sampling.Penalties(
-            prompt=counts([sequence.request.prompt_token_ids for sequence in sequences]) > 0,
-            output=counts([sequence.output for sequence in sequences]),
-            repetition=column([sequence.params.repetition_penalty for sequence in sequences]),
-            presence=column([sequence.params.presence_penalty for sequence in sequences]),
-            frequency=column([sequence.params.frequency_penalty for sequence in sequences]),
-        )
+        return scored
