@@ -9,6 +9,8 @@ from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS
 from strobe.linear import Projection
 from strobe.linear import ladder as linear_ladder
+from strobe.ops.activation import swiglu
+from strobe.ops.norm import rms_norm
 from strobe.ops.softmax import softmax
 
 CASES = {
@@ -42,10 +44,15 @@ def main() -> None:
             torch.cuda.synchronize()
             ran += 1
         print(f"{rung}: {ran} cases")
-    x, weight = torch.randn(3, 1000, device="cuda").half(), torch.randn(129, 1000, device="cuda").half()
+    x, weight = torch.randn(3, 1000, device="cuda").half(), torch.randn(130, 1000, device="cuda").half()
     for name in linear_ladder.RUNGS:
         if name.startswith("cuda_"):
             Projection(weight, weight[:, 0].contiguous())(x, kernel=name)
+    fused = Projection(weight, weight[:, 0].contiguous(), norm=weight[0].clone(), norm_eps=1e-5, swiglu=True)
+    for _ in range(3):
+        fused(x, residual=x[:, :65].contiguous(), kernel="cuda_skinny")
+    rms_norm(x, weight[0].clone(), 1e-5, kernel="cuda")
+    swiglu(x, kernel="cuda")
     softmax(x)
     torch.cuda.synchronize()
 

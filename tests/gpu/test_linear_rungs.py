@@ -1,4 +1,4 @@
-"""The CUDA rungs of the matrix product, and softmax alone, against float64."""
+"""The CUDA rungs of the matrix product, and the small kernels beside them, against float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from strobe.errors import KernelRefusedError
 from strobe.linear import Projection
+from strobe.ops import activation, norm
 from strobe.ops.softmax import softmax
 
 pytestmark = pytest.mark.gpu
@@ -47,6 +48,141 @@ def test_gemv_refuses_by_name() -> None:
     x, weight = torch.ones(9, 12, device="cuda"), torch.ones(4, 12, device="cuda")
     with pytest.raises(KernelRefusedError, match="9 tokens; supported: up to 8; inputs 12"):
         Projection(weight)(x, kernel="cuda_gemv")
+
+
+def around_a_product(
+    inputs: int, columns: int, dtype: torch.dtype, *, biased: bool, normed: bool, swiglu: bool
+) -> Projection:
+    rows = 2 * columns if swiglu else columns
+    return Projection(
+        (torch.randn(rows, inputs, device="cuda") * inputs**-0.5).to(dtype),
+        bias=torch.randn(rows, device="cuda").to(dtype) if biased else None,
+        norm=(torch.rand(inputs, device="cuda") + 0.5).to(dtype) if normed else None,
+        norm_eps=1e-5,
+        swiglu=swiglu,
+    )
+
+
+def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | None) -> torch.Tensor:
+    """In float64."""
+    x = x.double()
+    if projection.norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + projection.norm_eps).sqrt() * projection.norm.double()
+    out = x @ projection.weight.double().t()
+    if projection.bias is not None:
+        out = out + projection.bias.double()
+    if projection.swiglu:
+        gate, up = out.chunk(2, dim=-1)
+        out = gate / (1 + torch.exp(-gate)) * up
+    return out if residual is None else out + residual.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("inputs", "columns", "around"),
+    [  # what stands around: bias, norm, swiglu, residual
+        (8, 1, "norm"),
+        (520, 7, "bias norm swiglu residual"),
+        (1032, 1029, "bias swiglu"),
+        (4096, 6144, "bias norm"),
+        (4096, 4096, "residual"),
+        (4096, 11008, "norm swiglu"),
+        (14336, 4096, "residual"),
+        (2048, 128256, "norm"),
+    ],
+)
+def test_skinny(inputs: int, columns: int, around: str, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens + inputs)
+    projection = around_a_product(
+        inputs, columns, dtype, biased="bias" in around, normed="norm" in around, swiglu="swiglu" in around
+    )
+    x = (2 * torch.randn(tokens, inputs, device="cuda")).to(dtype)
+    residual = torch.randn(tokens, columns, device="cuda").to(dtype) if "residual" in around else None
+    want = formula(x, projection, residual)
+    given = [None if residual is None else residual.clone() for _ in range(3)]
+    first, *more = [projection(x, each, kernel="cuda_skinny") for each in given]
+    assert float((first.double() - want).abs().max()) <= EPSILON[dtype] * float(want.abs().max())
+    assert all(torch.equal(first, other) for other in more)
+
+
+def mlp_chain(dtype: torch.dtype, layers: int = 12) -> list[tuple[Projection, Projection]]:
+    """Small projections, so that many of them are under way at a time."""
+    return [
+        (
+            around_a_product(512, 1536, dtype, biased=False, normed=True, swiglu=True),
+            around_a_product(1536, 512, dtype, biased=False, normed=False, swiglu=False),
+        )
+        for _ in range(layers)
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_chain_equals_its_steps(tokens: int) -> None:
+    """Kernels that start before those ahead of them have ended read nothing too early."""
+    torch.manual_seed(tokens)
+    chain = mlp_chain(torch.bfloat16)
+    x = torch.randn(tokens, 512, device="cuda").bfloat16()
+
+    def run(wait: bool) -> torch.Tensor:
+        state = x.clone()
+        for gate_up, down in chain:
+            raised = gate_up(state, kernel="cuda_skinny")
+            if wait:
+                torch.cuda.synchronize()
+            down(raised, state, kernel="cuda_skinny")
+            if wait:
+                torch.cuda.synchronize()
+        return state
+
+    want = run(wait=True)
+    assert all(torch.equal(run(wait=False), want) for _ in range(50))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(run(wait=False), want)
+        with torch.cuda.graph(graph, stream=stream):
+            out = run(wait=False)
+        for _ in range(50):
+            graph.replay()
+            assert torch.equal(out, want)
+
+
+def test_skinny_on_a_second_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torch.manual_seed(0)
+    first = around_a_product(1024, 512, torch.bfloat16, biased=True, normed=True, swiglu=False)
+    second = Projection(
+        *(x.to("cuda:1") for x in (first.weight, first.bias, first.norm) if x is not None), norm_eps=1e-5
+    )
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+    for _ in range(3):
+        here, there = first(x, kernel="cuda_skinny"), second(x.to("cuda:1"), kernel="cuda_skinny")
+        assert torch.equal(here.cpu(), there.cpu())
+
+
+def test_skinny_refuses_by_name() -> None:
+    x, weight = torch.ones(9, 12, device="cuda"), torch.ones(4, 12, device="cuda")
+    with pytest.raises(KernelRefusedError, match=r"float32.*9 tokens; supported: up to 8; inputs 12"):
+        Projection(weight)(x, kernel="cuda_skinny")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [8, 1000, 4096, 16384])
+@pytest.mark.parametrize("rows", [1, 65])
+def test_norm_and_swiglu(rows: int, columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(columns)
+    x, weight = (3 * torch.randn(rows, columns, device="cuda")).to(dtype), torch.randn(columns, device="cuda")
+    gate_up = (3 * torch.randn(rows, 2 * columns, device="cuda")).to(dtype)
+    weight = weight.to(dtype)
+    pairs = [(activation.swiglu(gate_up, kernel="cuda"), activation.swiglu_reference(gate_up))]
+    if columns * dtype.itemsize <= 32768:
+        reference = norm.rms_norm_reference(x, weight, 1e-5)
+        pairs.append((norm.rms_norm(x, weight, 1e-5, kernel="cuda"), reference))
+    for out, want in pairs:
+        limit = EPSILON[dtype] * float(want.double().abs().max())
+        assert float((out.double() - want.double()).abs().max()) <= limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

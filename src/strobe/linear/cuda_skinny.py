@@ -40,8 +40,6 @@ def refusals(problem: LinearProblem) -> list[str]:
         reasons.append(f"{problem.tokens} tokens; supported: up to {_TOKENS_MAX}")
     if problem.inputs % 8 or not problem.inputs:
         reasons.append(f"inputs {problem.inputs}; supported: multiples of 8")
-    if problem.input_major:
-        reasons.append("the weight lies input by input; supported: output by output")
     return reasons
 
 
