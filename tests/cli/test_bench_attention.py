@@ -52,13 +52,6 @@ def test_attention_gives_one_result_as_json_and_csv_and_file(cli: Cli, tmp_path:
     ]
 
 
-def test_decode_is_measured_in_bytes(cli: Cli) -> None:
-    told = cli("bench", "attention", *SMALL, "--decode", "--seq", "40", "--kv-heads", "1").out
-    (line,) = (line for line in told.splitlines() if "torch_grouped" in line)
-    assert "GB/s" in line
-    assert "page 16" in line
-
-
 def test_ladder_times_what_runs_and_tells_what_the_others_need(cli: Cli) -> None:
     lines = cli("ladder", *SMALL, "--seq", "24", "--causal").out.splitlines()
     for rung in ladder.PREFILL:

@@ -264,4 +264,3 @@ LADDER_BENCH: tuple[Case, ...] = (
     prefill_shape(1, 2048, 32, 32, 64, False),
 )
 """The standard tables, over every rung."""
-SUITES = {"prefill": PREFILL_BENCH, "decode": DECODE_BENCH, "ladder": LADDER_BENCH}

@@ -12,6 +12,7 @@ from strobe.attention import ladder
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.problem import DTYPE_BYTES, AttentionProblem
+from strobe.bench.decode import FLOAT8, Float8Case
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
 from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
@@ -19,6 +20,8 @@ from strobe.errors import KernelRefusedError, UnknownNameError
 
 _CACHES_BYTES = 192 << 20
 """Decode rotates among input sets that together outgrow any L2 cache."""
+_LARGE_BYTES = 2 << 30
+"""Of a set this large, what the L2 cache keeps of the call before is nothing."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def _more_inputs(case: Case, dtype: str, inputs: Inputs) -> list[Inputs]:
     """What decode rotates among, besides `inputs`."""
     if not _replayed(inputs.problem):
         return []
-    sets = max(2, -(-_CACHES_BYTES // max(inputs.problem.bytes(), 1)))
+    moved = max(inputs.problem.bytes(), 1)
+    sets = -(-_CACHES_BYTES // moved) if moved < _CACHES_BYTES else 1 + (moved < _LARGE_BYTES)
     return [case.inputs(torch_dtype(dtype), "cuda", seed) for seed in range(1, min(sets, 24))]
 
 
@@ -191,8 +195,13 @@ def described(case: Case, dtype: str) -> dict[str, Any]:
         "causal": case.causal,
         "dtype": dtype,
     }
+    lengths = [kv for _, kv in case.rows]
+    if len(set(lengths)) > 1:
+        named |= {"kv_len_min": min(lengths), "kv_tokens": sum(lengths)}
     if case.layout != "dense":
         named |= {"layout": case.layout}
+    if isinstance(case, Float8Case):
+        named |= {"kv_dtype": FLOAT8}
     if case.layout.startswith("paged"):
         named |= {"page_size": case.page_size}
     if case.window != (-1, -1):

@@ -5,10 +5,12 @@ A peer is measured where it can be imported; else it says why not.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -51,7 +53,7 @@ def _dense_16_bit(problem: AttentionProblem) -> list[str]:
     reasons = [] if isinstance(problem.layout, Dense) else ["dense layouts only"]
     if problem.device != "cuda":
         reasons.append("needs a GPU")
-    if problem.dtype not in ("float16", "bfloat16"):
+    if problem.dtype not in ("float16", "bfloat16") or problem.kv_dtype != problem.dtype:
         reasons.append("float16 and bfloat16 only")
     plain_mask = problem.window in ((UNLIMITED, UNLIMITED), (UNLIMITED, 0))
     if not plain_mask or problem.softcap or problem.sinks is not None:
@@ -90,9 +92,15 @@ def _sdpa(backend: str) -> Peer:
 
 
 def _load_fa3() -> Any:
-    """Its operators: from the flash_attn_3 package, or from the file that FLASH_ATTN_3_LIBRARY names."""
+    """Its operators: from the flash_attn_3 package, or from the file that FLASH_ATTN_3_LIBRARY names.
+
+    A libcudart.so.12 beside that file is loaded first.
+    """
     if not hasattr(torch.ops.flash_attn_3, "fwd"):
         if library := os.environ.get("FLASH_ATTN_3_LIBRARY"):
+            runtime = Path(library).with_name("libcudart.so.12")
+            if runtime.is_file():  # which it is linked with, and torch may bring another
+                ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
             torch.ops.load_library(library)
         else:
             importlib.import_module("flash_attn_3._C")
@@ -119,6 +127,28 @@ def _make_fa3(forward: Any, inputs: Inputs) -> Call:
     return lambda: forward(inputs.q, inputs.k, inputs.v, **options)[0]
 
 
+def _contiguous_refusals(problem: AttentionProblem) -> list[str]:
+    return _fa3_refusals(problem) + (
+        [] if problem.paged else ["for a paged cache, copied to a contiguous one"]
+    )
+
+
+def _make_fa3_contiguous(forward: Any, inputs: Inputs) -> Call:
+    """The same keys and values `[batch, longest, kv_heads, head_dim]`, with no page table to follow."""
+    problem, layout = inputs.problem, cast(Paged, inputs.problem.layout)
+    table = layout.page_table[:, : -(-problem.kv_len // problem.page_size)].clamp_max(inputs.k.shape[0] - 1)
+    k, v = (cache[table].flatten(1, 2).nan_to_num(0.0) for cache in (inputs.k, inputs.v))
+    options = {
+        "softmax_scale": problem.scale,
+        "is_causal": problem.masked,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "num_splits": 0,
+        "seqused_k": layout.seq_lens,
+    }
+    return lambda: forward(inputs.q, k, v, **options)[0]
+
+
 def _make_fa4(forward: Any, inputs: Inputs) -> Call:
     problem = inputs.problem
     scale, causal = problem.scale, problem.masked
@@ -127,6 +157,8 @@ def _make_fa4(forward: Any, inputs: Inputs) -> Call:
 
 def _flashinfer_refusals(problem: AttentionProblem) -> list[str]:
     reasons = [] if problem.paged and problem.q_len == 1 else ["paged decode only"]
+    if problem.kv_dtype != problem.dtype:
+        reasons.append("a cache in q's dtype only, in this harness")
     return reasons + ([] if problem.device == "cuda" else ["needs a GPU"])
 
 
@@ -154,6 +186,7 @@ PEERS = {
         _sdpa("FLASH_ATTENTION"),
         _sdpa("CUDNN_ATTENTION"),
         Peer("fa3", _load_fa3, _fa3_refusals, _make_fa3),
+        Peer("fa3_contiguous", _load_fa3, _contiguous_refusals, _make_fa3_contiguous),
         Peer(
             "fa4",
             lambda: importlib.import_module("flash_attn.cute").flash_attn_func,

@@ -13,7 +13,8 @@ from strobe.errors import MissingExtraError, StrobeError
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
+    """matplotlib, drawing to files. Raises MissingExtraError."""
     try:
         import matplotlib
 
@@ -28,12 +29,12 @@ def check_path(path: Path) -> None:
     """Raise StrobeError before any measuring where the figure could not be written."""
     if path.suffix not in FORMATS:
         raise StrobeError(f"{path}: unknown figure format; supported: {', '.join(FORMATS)}")
-    _pyplot()
+    load_pyplot()
 
 
 def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
     """Time, speed and extra memory against length on log axes, a line a provider; peers are dashed."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     decode = all("layout" in row["case"] for row in rows)
     speed = ("gbps", "GB/s") if decode else ("tflops", "TFLOP/s")
     panels = [("ms", "ms"), speed]
@@ -62,7 +63,7 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
                 )
         axis.set_xscale("log", base=2)
         axis.set_yscale("linear" if field == speed[0] else "log")
-        axis.set_xticks(lengths, [_short(n) for n in lengths])
+        axis.set_xticks(lengths, [short(n) for n in lengths])
         axis.minorticks_off()
         axis.set_xlabel("keys")
         axis.set_ylabel(label)
@@ -75,7 +76,7 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str) -> None:
     """A panel a field (its name → its label), a bar a provider, with its least and most where measured."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4 * len(panels), 4), layout="constrained", squeeze=False
     )
@@ -101,7 +102,8 @@ _KINDS = {
 }
 
 
-def roofline_title(result: Result) -> str:
+def title_of(result: Result) -> str:
+    """Names the result that a figure is drawn from."""
     machine = result.machine.get("gpu") or result.machine["cpu"]
     dtype = result.machine["ceilings"]["dtype"]
     return f"{machine}, {dtype}; strobe {result.commit}, {result.when[:10]}"
@@ -114,7 +116,7 @@ def roofline(result: Result, path: Path) -> None:
     beside its points, in the points' order and under the roof: on the right, or on the left where the
     next intensity is near. Of a kernel's several rows in a column the first is drawn.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(15, 9), layout="constrained")
     rows = [row for row in result.rows if row["checked"]]
     matmul_tflops, read_gbps = (result.machine["ceilings"][name] for name in ("matmul_tflops", "read_gbps"))
@@ -160,9 +162,14 @@ def roofline(result: Result, path: Path) -> None:
     axis.set_ylim(bottom, top)
     axis.set_xlabel("operations a byte of device memory")
     axis.set_ylabel("TFLOP/s")
-    axis.set_title(title := roofline_title(result))
+    axis.set_title(title := title_of(result))
     axis.grid(alpha=0.3, which="major")
-    # drawn again from the same result, an SVG is the same file
+    write(figure, path, title)
+
+
+def write(figure: Any, path: Path, title: str) -> None:
+    """Save and close a figure; drawn again from the same result, an SVG is the same file."""
+    pyplot = load_pyplot()
     metadata = {"Title": title, **({"Date": None} if path.suffix == ".svg" else {})}
     with pyplot.rc_context({"svg.hashsalt": "strobe"}):
         figure.savefig(path, dpi=130, metadata=metadata)
@@ -205,6 +212,6 @@ def _spread(values: Sequence[float], gap: float, most: float) -> list[float]:
     return [min(mean, highest) + index * gap for index, mean in enumerate(level)]
 
 
-def _short(n: int) -> str:
+def short(n: int) -> str:
     """1024 → "1k"."""
     return f"{n // 1024}k" if n % 1024 == 0 else str(n)

@@ -11,15 +11,23 @@ from strobe.bench.results import Row
 def case_name(case: dict[str, Any], *, lengths: bool = True) -> str:
     """One line for a shape: "batch 4, 2048, heads 32/8 x 128, causal"; without its lengths for a sweep."""
     heads = str(case["q_heads"])
+    if "op" in case:
+        shape = f"heads {heads}/{case['kv_heads']} x {case['head_dim']}, page {case['page_size']}"
+        return f"{case['op']}, {case['tokens']} tokens, {shape}"
     if case["kv_heads"] != case["q_heads"]:
         heads += f"/{case['kv_heads']}"
     parts = [f"batch {case['batch']}"]
     if lengths:
         alike = case["q_len"] == case["kv_len"]
-        parts.append(str(case["kv_len"]) if alike else f"{case['q_len']} x {case['kv_len']}")
+        keys = str(case["kv_len"])
+        if "kv_len_min" in case:
+            keys = f"{case['kv_len_min']} to {keys}"
+        parts.append(keys if alike else f"{case['q_len']} x {keys}")
     parts += [f"heads {heads} x {case['head_dim']}", "causal" if case["causal"] else "full"]
     if "page_size" in case:
         parts[-1] = f"page {case['page_size']}"
+    if "kv_dtype" in case:
+        parts.append(f"cache in {case['kv_dtype'].partition('_')[0]}")
     return ", ".join(parts)
 
 

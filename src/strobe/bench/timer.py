@@ -7,6 +7,7 @@ compared take turns, in another order each round.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 import time
@@ -80,31 +81,56 @@ class GraphClock:
     """Calls as nodes of one CUDA graph: what the GPU takes, without the host.
 
     `calls` do the same work on different data, together larger than the L2 cache; the times are of
-    one of them. They must be capturable.
+    one of them. They must be capturable. Starting a graph and recording an event take some 10 µs: the graph
+    holds the calls again and again until it has LAUNCHES nodes or takes LONG_MS, and as many replays stand
+    between two events.
     """
 
+    LAUNCHES = 24
+    LONG_MS = 5.0
+
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        self._nodes = len(calls)
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for call in calls:
                 call()
             self._stream.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+        self._capture(calls, 1)
+        self._replays = 1
+        (once_ms,) = self.times(1)
+        rounds = repeats(len(calls), once_ms, self.LAUNCHES, self.LONG_MS)
+        if rounds > 1:
+            self._capture(calls, rounds)
+        self._replays = repeats(self._nodes, once_ms, 4 * self.LAUNCHES, self.LONG_MS)
+
+    def _capture(self, calls: Sequence[Callable[[], object]], rounds: int) -> None:
+        self._nodes = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            for _ in range(rounds):
                 for call in calls:
                     call()
 
     def times(self, count: int) -> list[float]:
+        """A mean over the calls between two events for each of them that `count` calls make, one at least."""
+        between = self._nodes * self._replays
         with torch.cuda.stream(self._stream):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(max(1, round(count / between)) + 1)]
             events[0].record()
             for event in events[1:]:
-                self._graph.replay()
+                for _ in range(self._replays):
+                    self._graph.replay()
                 event.record()
             self._stream.synchronize()
-        return [a.elapsed_time(b) / self._nodes for a, b in itertools.pairwise(events)]
+        return [a.elapsed_time(b) / between for a, b in itertools.pairwise(events)]
+
+
+def repeats(calls: int, once_ms: float, launches: int, long_ms: float) -> int:
+    """How often `calls` calls are run together: until there are `launches`, or they take `long_ms`."""
+    enough = -(-launches // calls)
+    long = math.ceil(long_ms / max(calls * once_ms, 1e-6))
+    return max(1, min(enough, long))
 
 
 def clock(call: Callable[[], object], device: str) -> Clock:
@@ -112,7 +138,7 @@ def clock(call: Callable[[], object], device: str) -> Clock:
     return EventClock(call) if device == "cuda" else HostClock(call)
 
 
-def in_turns(clocks: Sequence[Clock], *, budget_ms: float = 200.0, most: int = 200) -> list[Timing]:
+def in_turns(clocks: Sequence[Clock], *, budget_ms: float = 200.0, most: int = 1000) -> list[Timing]:
     """Time several clocks in shuffled rounds, about `budget_ms` each and at least a run a round.
 
     A run that outlasts its budget by itself is timed once.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from strobe.cli import bench_attention, bench_engine, bench_engine_ladder, bench_engine_suite, bench_serve
+from strobe.cli import (
+    bench_attention,
+    bench_decode,
+    bench_engine,
+    bench_engine_ladder,
+    bench_engine_suite,
+    bench_serve,
+)
 
 app = typer.Typer(help="Measure kernels and the engine, beside their peers.", no_args_is_help=True)
 app.command("latency")(bench_engine.latency)
@@ -13,5 +20,6 @@ app.command("engine")(bench_engine_suite.engine)
 app.command("serve")(bench_serve.serve)
 app.command("engine-ladder")(bench_engine_ladder.engine_ladder)
 app.command("attention")(bench_attention.attention)
+app.command("decode")(bench_decode.decode)
 app.command("memory")(bench_attention.memory)
 app.command("roofline")(bench_attention.roofline)

@@ -16,20 +16,18 @@ from strobe.cli.options import Commit, Device, Json, Plot, Save
 from strobe.errors import StrobeError, UnknownNameError
 
 Batch = Annotated[int, typer.Option(help="Rows.")]
-Seq = Annotated[str, typer.Option(help="Lengths, with --sweep several: 512,1k,16k. Keys where it decodes.")]
+Seq = Annotated[str, typer.Option(help="Lengths, with --sweep several: 512,1k,16k.")]
 Heads = Annotated[int, typer.Option(help="Query heads.")]
 KvHeads = Annotated[int | None, typer.Option(help="Key heads.", show_default="--heads")]
 HeadDim = Annotated[int, typer.Option(help="Size of a head.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")]
-Decode = Annotated[bool, typer.Option("--decode", help="One query a row against a paged cache.")]
-PageSize = Annotated[int, typer.Option(help="Tokens of a page, with --decode.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"),
 ]
 Kernels = Annotated[str, typer.Option("--kernel", "-k", help="Kernels, by name; `all` that fit.")]
 Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa4, flashinfer.")]
-Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill, decode or ladder.")]
+Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill or ladder.")]
 TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
 
@@ -41,8 +39,6 @@ def attention(
     kv_heads: KvHeads = None,
     head_dim: HeadDim = 128,
     causal: Causal = False,
-    decode: Decode = False,
-    page_size: PageSize = 16,
     dtype: Dtype = None,
     device: Device = None,
     kernel: Kernels = "all",
@@ -57,7 +53,7 @@ def attention(
     json: Json = False,
 ) -> None:
     """Check, then time attention kernels and peers over one shape, a sweep or a suite, in one run."""
-    from strobe.attention.cases import SUITES, decode_shape, prefill_shape
+    from strobe.attention.cases import LADDER_BENCH, PREFILL_BENCH, prefill_shape
     from strobe.bench import plots, tables
     from strobe.bench.results import Result, default_path
 
@@ -66,18 +62,16 @@ def attention(
     lengths = [length(text) for text in seq.split(",")]
     if len(lengths) > 1 and not sweep:
         raise StrobeError(f"--seq {seq} has several lengths", hint="add --sweep")
-    if suite is not None and suite not in SUITES:
-        raise UnknownNameError.among("suite", suite, SUITES)
+    suites = {"prefill": PREFILL_BENCH, "ladder": LADDER_BENCH}
+    if suite is not None and suite not in suites:
+        raise UnknownNameError.among("suite", suite, suites)
     if suite is not None:
-        cases = list(SUITES[suite])
-    elif decode:
-        cases = [decode_shape(batch, n, heads, kv_heads or heads, head_dim, page_size) for n in lengths]
+        cases = list(suites[suite])
     else:
         cases = [prefill_shape(batch, n, heads, kv_heads or heads, head_dim, causal) for n in lengths]
     where = devices.resolve(settings.load(device=device).device).partition(":")[0]
     dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
-    phase = "decode" if suite == "decode" or decode else "prefill"
-    rows, roof = _measure(cases, phase, kernel, vs, tile, dtype, where)
+    rows, roof = measure(cases, "prefill", kernel, vs, tile, dtype, where)
     bench = suite or "attention"
     result = Result.here(bench, rows, commit=commit, ceilings=roof.as_dict())
     if save is not None:
@@ -88,9 +82,9 @@ def attention(
     if json:
         console.write_json(result.__dict__)
     elif csv:
-        _write_csv(rows)
+        write_csv(rows)
     else:
-        _write_table(rows, phase, roof)
+        _write_table(rows, roof)
 
 
 def memory(
@@ -113,7 +107,7 @@ def memory(
     devices.resolve("cuda")
     lengths = [length(text) for text in seq.split(",")]
     cases = [prefill_shape(batch, n, heads, kv_heads or heads, head_dim, causal) for n in lengths]
-    rows, _ = _measure(cases, "prefill", "all", "", None, dtype or "bfloat16", "cuda")
+    rows, _ = measure(cases, "prefill", "all", "", None, dtype or "bfloat16", "cuda")
     result = Result.here("memory", rows, commit=commit)
     if save is not None:
         result.save(default_path("memory") if str(save) == "auto" else save)
@@ -151,8 +145,8 @@ def roofline(
         1, length(seq) if on_gpu else 512, 16 if on_gpu else 4, 16 if on_gpu else 4, 128, False
     )
     decode = decode_shape(16 if on_gpu else 4, 8192 if on_gpu else 1024, 32, 8, 128)
-    rows, roof = _measure([prefill], "prefill", "all", vs, None, dtype, where)
-    rows += _measure([decode], "decode", "all", vs, None, dtype, where)[0]
+    rows, roof = measure([prefill], "prefill", "all", vs, None, dtype, where)
+    rows += measure([decode], "decode", "all", vs, None, dtype, where)[0]
     tokens, inputs, outputs = (4096, 4096, 14336) if on_gpu else (256, 512, 1408)
     arch = devices.gpu().arch if on_gpu else 0
     rows += linear.measure_all([(1, inputs, outputs), (tokens, inputs, outputs)], dtype, where, arch)
@@ -172,7 +166,7 @@ def roofline(
     console.write_table(["provider", "FLOP a byte", "TFLOP/s", "% of the roof"], table)
 
 
-def _measure(
+def measure(
     cases: list[Any], phase: str, kernel: str, vs: str, tile: str | None, dtype: str, where: str
 ) -> tuple[list[dict[str, Any]], Any]:
     from strobe.bench import peers
@@ -215,7 +209,7 @@ def tile_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def _write_csv(rows: list[dict[str, Any]]) -> None:
+def write_csv(rows: list[dict[str, Any]]) -> None:
     flat = [{**row["case"], **{k: v for k, v in row.items() if k != "case"}} for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     writer = csv.DictWriter(sys.stdout, columns)
@@ -223,7 +217,7 @@ def _write_csv(rows: list[dict[str, Any]]) -> None:
     writer.writerows(flat)
 
 
-def _write_table(rows: list[dict[str, Any]], phase: str, roof: Any) -> None:
+def _write_table(rows: list[dict[str, Any]], roof: Any) -> None:
     from strobe.bench import tables
 
     table = []
@@ -233,8 +227,6 @@ def _write_table(rows: list[dict[str, Any]], phase: str, roof: Any) -> None:
             table.append([name, row["provider"], "WRONG", "", "", f"error {row['error']:.3g}"])
             continue
         rate, most, unit = row["tflops"], roof.matmul_tflops, "TFLOP/s"
-        if phase == "decode":
-            rate, most, unit = row["gbps"], roof.read_gbps, "GB/s"
         spread = f"{row['ms_min']:.4g} to {row['ms_max']:.4g}"
         table.append(
             [name, row["provider"], f"{row['ms']:.4g}", f"{rate:.4g} {unit}", f"{rate / most:.1%}", spread]

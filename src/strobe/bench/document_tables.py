@@ -1,0 +1,234 @@
+"""Each table that the documents show: its result file, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from strobe.attention import ladder
+from strobe.attention.cases import DECODE_BENCH
+from strobe.bench import engine_tables, tables
+from strobe.bench.attention import described
+from strobe.bench.decode import EXTRA
+from strobe.bench.results import Result, Row
+
+
+def _prefill(result: Result) -> str:
+    return (
+        "TFLOP/s, forward, "
+        + _dtype(result)
+        + ":\n\n"
+        + tables.by_provider(_peered(result.rows), tables.speed("tflops"), best="tflops")
+    )
+
+
+def _decode(result: Result) -> str:
+    return _microseconds(result, _peered(_standard_decode(result)))
+
+
+def _decode_ladder(result: Result) -> str:
+    order = [f"strobe:{rung.name}" for rung in ladder.DECODE]
+    ours = [row for row in _standard_decode(result) if row["provider"] in order]
+    return _microseconds(result, sorted(ours, key=lambda row: order.index(row["provider"])))
+
+
+def _standard_decode(result: Result) -> list[Row]:
+    """Attention's rows of the standard shapes; the others are in the figure."""
+    names = {
+        tables.case_name(described(case, dtype))
+        for case in (*DECODE_BENCH, *EXTRA)
+        for dtype in {row["case"]["dtype"] for row in result.rows}
+    }
+    return [row for row in result.rows if tables.case_name(row["case"]) in names]
+
+
+def _microseconds(result: Result, rows: list[Row]) -> str:
+    roof = result.machine["ceilings"]["read_gbps"]
+
+    def cell(row: Row) -> str:
+        return f"{row['ms'] * 1e3:.4g} ({row['gbps'] / roof:.0%})" if row["checked"] else "WRONG"
+
+    fastest = [{**row, "speed": 1 / row["ms"]} if "ms" in row else row for row in rows]
+    table = tables.by_provider(fastest, cell, best="speed")
+    about = f"Microseconds a call, and the share of the read ceiling ({roof:.4g} GB/s)"
+    return f"{about}, {_dtype(result)}:\n\n{table}"
+
+
+def _append(result: Result) -> str:
+    roof = result.machine["ceilings"]["read_gbps"]
+    lines = []
+    for row in (row for row in result.rows if "op" in row["case"]):
+        case = row["case"]
+        shape = f"{case['tokens']} tokens, heads {case['q_heads']}/{case['kv_heads']} x {case['head_dim']}"
+        if not row["checked"]:
+            lines.append([shape, "WRONG", "", ""])
+            continue
+        floor_ms = row["bytes"] / roof * 1e-6
+        figures = (row["ms"] * 1e3, floor_ms * 1e3, row["ms"] / floor_ms)
+        lines.append([shape, *(f"{figure:.4g}" for figure in figures)])
+    head = ["rotate and append", "µs", "its bytes at the read ceiling, µs", "times that"]
+    return f"{_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+
+
+def _ladder(result: Result) -> str:
+    roof = result.machine["ceilings"]["matmul_tflops"]
+    parts = []
+    for case in _first_cases(result.rows, 2):
+        rows = {row["provider"]: row for row in result.rows if tables.case_name(row["case"]) == case}
+        lines, before = [], None
+        for rung in ladder.PREFILL:
+            row = rows.get(f"strobe:{rung.name}")
+            if row is None or "ms" not in row:
+                continue
+            over = "" if before is None else f"{before / row['ms']:.2f}"
+            share = f"{row['tflops'] / roof:.1%}"
+            cells = [f"{row['ms']:.4g}", f"{row['tflops']:.4g}", share, tables.memory(row), over]
+            lines.append([f"`{rung.name}`", rung.idea, *cells])
+            before = row["ms"]
+        head = ["rung", "idea", "ms", "TFLOP/s", "of the matmul ceiling", "extra MiB", "times the one before"]
+        parts.append(f"{case[0].upper()}{case[1:]}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}")
+    return "\n".join(parts)
+
+
+def _standard(result: Result) -> str:
+    time = tables.by_provider(result.rows, tables.speed("ms"))
+    memory = tables.by_provider(result.rows, tables.memory)
+    return f"Milliseconds, {_dtype(result)}:\n\n{time}\nExtra memory, MiB:\n\n{memory}"
+
+
+def _memory(result: Result) -> str:
+    return "MiB beyond inputs and output:\n\n" + tables.by_provider(result.rows, tables.memory)
+
+
+def _linear(result: Result) -> str:
+    ceilings = result.machine["ceilings"]
+    lines = []
+    for row in (row for row in result.rows if "tokens" in row["case"]):
+        case, name = row["case"], f"`{row['provider'].removeprefix('strobe:')}`"
+        shape = f"{case['tokens']} x {case['inputs']} → {case['outputs']}"
+        if "ms" not in row:
+            lines.append([shape, name, "WRONG", "", "", ""])
+            continue
+        roof = min(ceilings["matmul_tflops"], ceilings["read_gbps"] * row["intensity"] * 1e-3)
+        figures = (f"{row[field]:.4g}" for field in ("ms", "tflops", "gbps"))
+        lines.append([shape, name, *figures, f"{row['tflops'] / roof:.1%}"])
+    head = ["tokens x inputs → outputs", "rung", "ms", "TFLOP/s", "GB/s", "of the roof"]
+    return f"{ceilings['dtype']}:\n\n{tables.markdown(head, lines)}"
+
+
+def _latency(result: Result) -> str:
+    def line(row: Row) -> list[str]:
+        figures = (
+            f"{row[name]:.4g}" for name in ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s")
+        )
+        return [row["case"]["model"], row["provider"], *figures]
+
+    case = result.rows[0]["case"]
+    head = ["model", "", "first token, ms", "between tokens, ms", "p50", "p99", "tok/s"]
+    about = f"One request, prompt {case['prompt']}, output {case['output']}, {_dtype(result)}"
+    return f"{about}:\n\n{tables.markdown(head, [line(row) for row in result.rows])}"
+
+
+def _throughput(result: Result) -> str:
+    case = result.rows[0]["case"]
+    (p_low, p_high), (o_low, o_high) = case["prompt"], case["output"]
+    about = f"{case['requests']} requests, prompts {p_low} to {p_high}, outputs {o_low} to {o_high}"
+    lines = [
+        [row["case"]["model"], row["provider"], f"{row['tok_s']:.4g}", str(row.get("best_batch", "–"))]
+        for row in result.rows
+    ]
+    head = ["model", "", "output tok/s", "best batch size"]
+    return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+
+
+def _engine_ladder(result: Result) -> str:
+    lines, before = [], None
+    for row in result.rows:
+        name = row["provider"].removeprefix("strobe:")
+        kernels = [f"`{kernel}`" for kernel in (row["attention_kernel"], row["linear_kernel"])]
+        if "tok_s" not in row:
+            lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", ""])
+            continue
+        over = "" if before is None else f"{row['tok_s'] / before:.2f}"
+        figures = [f"{row[field]:.4g}" for field in ("ttft_ms", "tok_s", "gbps")]
+        lines.append([name, *kernels, *figures, over])
+        before = row["tok_s"]
+    case = result.rows[0]["case"]
+    named = case["model"] + (f" ({case['weights']} weights)" if "weights" in case else "")
+    about = f"{named}, one request, prompt {case['prompt']}, output {case['output']}, {case['dtype']}"
+    head = [
+        "engine",
+        "attention",
+        "matmul",
+        "first token, ms",
+        "tok/s",
+        "GB/s",
+        "times the one before",
+    ]
+    return f"{about}:\n\n{tables.markdown(head, lines)}"
+
+
+def _engine(result: Result) -> str:
+    about = "Random weights of published shapes, greedy, every engine given the same token ids"
+    return f"{about}, {_dtype(result)}:\n\n{engine_tables.table(result.rows)}"
+
+
+def _verify(result: Result) -> str:
+    lines = []
+    for row in result.rows:
+        apart = [abs(each["transformers_logprob"] - each["strobe_logprob"]) for each in row["differences"]]
+        lines.append(
+            [
+                row["model"],
+                f"{row['logit_difference']:.2g} of {row['largest_logit']:.3g}",
+                f"{row['same_choice']} of {row['positions']}",
+                f"{row['greedy_equal']} of {row['greedy_tokens']}",
+                f"{max(apart):.2g}" if apart else "–",
+                "yes" if row["checked"] else "NO",
+            ]
+        )
+    head = [
+        "shape",
+        "largest logit difference",
+        "same likeliest token",
+        "greedy tokens equal",
+        "log-probabilities apart where they part",
+        "agrees",
+    ]
+    about = "Random weights, strobe beside transformers on the same memory"
+    return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+
+
+def _dtype(result: Result) -> str:
+    return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
+
+
+def _first_cases(rows: list[Row], count: int) -> list[str]:
+    return list(dict.fromkeys(tables.case_name(row["case"]) for row in rows))[:count]
+
+
+def _peered(rows: list[Row]) -> list[Row]:
+    """Peers, and strobe's kernels that are measured against them: the production rungs."""
+    production = ("cuda_hopper", "cuda_async", "triton_fused", "cuda_paged")
+    return [
+        row
+        for row in rows
+        if not row["provider"].startswith("strobe:") or row["provider"].removeprefix("strobe:") in production
+    ]
+
+
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "prefill": ("prefill", _prefill),
+    "decode": ("decode", _decode),
+    "decode_ladder": ("decode", _decode_ladder),
+    "append": ("decode", _append),
+    "ladder": ("ladder", _ladder),
+    "standard": ("ladder", _standard),
+    "memory": ("memory", _memory),
+    "linear": ("roofline", _linear),
+    "latency": ("latency", _latency),
+    "throughput": ("throughput", _throughput),
+    "engine_ladder": ("engine_ladder", _engine_ladder),
+    "engine": ("engine", _engine),
+    "verify": ("verify", _verify),
+}
+"""By name: the result file, and what is made of it."""

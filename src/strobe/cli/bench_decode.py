@@ -1,0 +1,122 @@
+"""`strobe bench decode`: attention over a paged cache, against the bytes that it must read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from strobe import device as devices
+from strobe import settings
+from strobe.cli import bench_attention, console, options
+from strobe.errors import StrobeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from strobe.attention.cases import Case
+    from strobe.bench.ceilings import Ceilings
+    from strobe.bench.results import Row
+
+Vs = Annotated[str, typer.Option(help="Peers to time beside: fa3, fa3_contiguous, flashinfer.")]
+
+
+def decode(
+    suite: Annotated[
+        str | None, typer.Option(help="A set of shapes: standard, context, all or quick.", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    context: Annotated[str, typer.Option(help="Keys of a row, several by comma: 4k,16k.")] = "4k",
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="One row of --context, the others 64 to 4k at random.")
+    ] = False,
+    q_len: Annotated[int, typer.Option(help="New tokens of a row.")] = 1,
+    heads: bench_attention.Heads = 32,
+    kv_heads: bench_attention.KvHeads = None,
+    head_dim: bench_attention.HeadDim = 128,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
+    float8: Annotated[bool, typer.Option("--float8", help="A float8 cache, with a scale a head.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append/--no-append", help="Time the rotation and the append too.")
+    ] = True,
+    dtype: bench_attention.Dtype = None,
+    device: options.Device = None,
+    kernel: bench_attention.Kernels = "all",
+    vs: Vs = "",
+    plot: options.Plot = None,
+    csv: bench_attention.Csv = False,
+    save: options.Save = None,
+    commit: options.Commit = None,
+    json: options.Json = False,
+) -> None:
+    """Check, then time decode kernels and peers: µs, GB/s, and the share of the measured read ceiling.
+
+    On a GPU by CUDA-graph replay over caches that together outgrow the L2 cache, pages shuffled. The figure
+    is of the ceiling's share against the context, a panel for each batch.
+    """
+    from strobe.attention.cases import decode_shape
+    from strobe.bench import append as append_bench
+    from strobe.bench import decode as bench
+    from strobe.bench import decode_figure, plots
+    from strobe.bench.attention import torch_dtype
+    from strobe.bench.results import Result, default_path
+
+    if plot is not None:
+        plots.check_path(plot)
+    shape = decode_shape(batch, 1, heads, kv_heads or heads, head_dim, page_size)
+    if suite is not None and suite not in bench.SUITES:
+        raise UnknownNameError.among("suite", suite, bench.SUITES)
+    asked = () if suite is not None else _cases(shape, batch, context, mixed, q_len, float8)
+    cases = bench.SUITES[suite] if suite is not None else asked
+    where = devices.resolve(settings.load(device=device).device).partition(":")[0]
+    dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    rows, roof = bench_attention.measure(list(cases), "decode", kernel, vs, None, dtype, where)
+    tokens = bench.APPENDED if suite is not None else (batch * q_len,)
+    if append:
+        rows += append_bench.measure(shape, tokens, torch_dtype(dtype), where)
+    result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
+    if not rows:
+        console.note("no kernel runs these shapes here: `strobe explain` says why")
+    if save is not None:
+        result.save(default_path("decode") if str(save) == "auto" else save)
+    if plot is not None:
+        decode_figure.against_context(result, plot)
+    if json:
+        console.write_json(result.__dict__)
+    elif csv:
+        bench_attention.write_csv(rows)
+    else:
+        console.write_table(
+            ["shape", "provider", "µs", "GB/s", "% of the read ceiling", "range, µs"], _lines(rows, roof)
+        )
+
+
+def _cases(shape: Case, batch: int, context: str, mixed: bool, q_len: int, float8: bool) -> tuple[Case, ...]:
+    from dataclasses import replace
+
+    from strobe.bench import decode as bench
+
+    if batch < 1 or q_len < 1:
+        raise StrobeError(f"batch {batch}, q_len {q_len}; supported: 1 and up")
+    found = []
+    for length in map(bench_attention.length, context.split(",")):
+        case = replace(shape, name=f"{shape.name}@{length}", rows=((1, length),) * batch)
+        if mixed:
+            case = bench.mixed(batch, length, (min(64, length), min(4096, length)), shape=shape)
+        if q_len > 1:
+            case = bench.drafts(case, q_len)
+        found.append(bench.float8(case) if float8 else case)
+    return tuple(found)
+
+
+def _lines(rows: list[Row], roof: Ceilings) -> list[list[str]]:
+    from strobe.bench import tables
+
+    lines = []
+    for row in rows:
+        name = tables.case_name(row["case"])
+        if not row["checked"]:
+            lines.append([name, row["provider"], "WRONG", "", "", f"error {row['error']:.3g}"])
+            continue
+        spread = f"{row['ms_min'] * 1e3:.4g} to {row['ms_max'] * 1e3:.4g}"
+        share = f"{row['gbps'] / roof.read_gbps:.1%}"
+        lines.append([name, row["provider"], f"{row['ms'] * 1e3:.4g}", f"{row['gbps']:.4g}", share, spread])
+    return lines
