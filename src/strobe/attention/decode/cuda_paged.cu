@@ -106,6 +106,7 @@ __device__ __forceinline__ void gather(const Params& p, const Shared& shared, co
 // of a cold instruction cache and with nothing to hide behind: it is short on purpose.
 __device__ __forceinline__ void merge(const Params& p, u32 first, u32 blocks, u8* scratch, const Segment& s,
                                       Rows rows) {
+  if (rows.count <= 0) return;  // a packed row with fewer queries than others
   constexpr int BATCH = 8;  // loads in flight
   const float nothing = __uint_as_float(EMPTY);
   const u32 lines = HEADS * rows.count, items = Item::count(rows.count);
