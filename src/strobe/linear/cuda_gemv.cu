@@ -3,19 +3,11 @@
 // With one token every weight is used once, so the time is the weights' bytes over the memory's bandwidth
 // (docs/math.md, eq. 8). All that matters is bytes in flight: 16-byte loads, ROWS x UNROLL of them started
 // before the first is used, in enough warps. x is small, and comes from cache.
+#include "memory.cuh"
 #include "reduce.cuh"
 
 constexpr int UNROLL = 4;
 constexpr int STEP = 32 * VEC<scalar_t>;  // elements of a row that a warp takes at a time
-
-// Read once: does not stay in L1, where x should.
-__device__ __forceinline__ uint4 load_once(const scalar_t* p) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(p));
-  return x;
-}
 
 // grid: outputs / (WARPS x ROWS). inputs is a multiple of VEC, rows stand on 16 bytes.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
