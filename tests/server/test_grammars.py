@@ -82,7 +82,9 @@ def test_any_json_object(idle: LiveServer) -> None:
             assert isinstance(json.loads(choice["message"]["content"]), dict)
 
 
-@pytest.mark.parametrize("pattern", [r"[a-f]{3}-[0-9]{2,4}", r"(yes|no)( indeed)?!", "Thou [a-z]{1,9} ☂+é/\\\\"])
+@pytest.mark.parametrize(
+    "pattern", [r"[a-f]{3}-[0-9]{2,4}", r"(yes|no)( indeed)?!", "Thou [a-z]{1,9} ☂+é/\\\\"]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_regex(idle: LiveServer, pattern, stream) -> None:
     body = {
