@@ -58,9 +58,9 @@ __device__ __forceinline__ float inverse_rms(const float (&first)[8], const floa
 // grid: tokens x (q_heads + 2 kv_heads) x HEAD_DIM / 16 threads
 extern "C" __global__ void append(const __grid_constant__ Append p) {
   constexpr int HALF = HEAD_DIM / 2, PIECES = HALF / 8;
-  const i64 at = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int heads = p.q_heads + 2 * p.kv_heads, head = at / PIECES % heads, d = at % PIECES * 8;
-  const i64 token = at / PIECES / heads;
+  const u32 at = blockIdx.x * blockDim.x + threadIdx.x;  // 2^32 threads would have 128 GiB of q, k and v
+  const int heads = p.q_heads + 2 * p.kv_heads, head = at / PIECES % u32(heads), d = at % PIECES * 8;
+  const i64 token = at / PIECES / u32(heads);
   i64 slot;
   float cos[8], sin[8];
   if (EARLY && token < p.tokens) {
