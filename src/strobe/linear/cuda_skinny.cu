@@ -33,6 +33,7 @@ struct Params {
   const scalar_t *x, *weight, *bias, *norm;  // [tokens, inputs], [outputs, inputs], [outputs] or null, [inputs] or null
   scalar_t* out;                             // [tokens, units]
   int tokens, inputs, outputs;
+  int each, more;     // units of a block, and how many blocks have one more
   int residual;       // whether out holds what the result is added to
   int stages, slots;  // of the weights' ring and of x's
   int ahead;          // stages behind the ring that are brought into L2 at the start
@@ -55,17 +56,16 @@ struct Turn {
   }
 };
 
-// A block's stages in order: its share in even passes, a pass in chunks of columns, a chunk in tiles.
+// A block's stages in order: its share in even passes, a pass in chunks of columns, a chunk in even tiles.
 struct Walk {
-  int inputs, end, pass_units;
-  int first, count;     // units of this pass
+  int inputs, end;
+  int first, count;      // units of this pass
   int tiles, tile_most;  // of this pass, and the units of one
   int column, tile;
 
   __device__ __forceinline__ explicit Walk(const Params& p) : inputs(p.inputs) {
-    const int units = SWIGLU ? p.outputs / 2 : p.outputs;
-    first = i64(blockIdx.x) * units / gridDim.x, end = i64(blockIdx.x + 1) * units / gridDim.x;
-    pass_units = ceil_div(end - first, ceil_div(end - first, PASS_UNITS));
+    const int block = blockIdx.x;
+    first = block * p.each + min(block, p.more), end = first + p.each + (block < p.more);
     open();
   }
   __device__ __forceinline__ bool more() const { return first < end; }
@@ -80,7 +80,7 @@ struct Walk {
     tile = 0;
     if ((column += CHUNK) >= inputs) next_pass();
   }
-  __device__ __forceinline__ void next_pass() { first += pass_units, open(); }
+  __device__ __forceinline__ void next_pass() { first += count, open(); }
   __device__ __forceinline__ int stages() const {  // of the block, from here on
     int n = 0;
     for (Walk walk = *this; walk.more(); walk.next_pass()) n += walk.tiles * ceil_div(inputs, CHUNK);
@@ -89,7 +89,9 @@ struct Walk {
 
  private:
   __device__ __forceinline__ void open() {
-    count = min(pass_units, end - first), tiles = ceil_div(count, UNITS), tile_most = ceil_div(count, max(1, tiles));
+    const int left = end - first;
+    count = ceil_div(left, max(1, ceil_div(left, PASS_UNITS)));
+    tiles = ceil_div(count, UNITS), tile_most = ceil_div(count, max(1, tiles));
     column = tile = 0;
   }
 };
@@ -308,7 +310,7 @@ __device__ __forceinline__ void multiply_all(const Params& p, Shared& shared, co
 }
 
 // grid: up to one block a unit. Dynamic shared memory: the weights' ring, x's slots, the sums.
-extern "C" __global__ void __launch_bounds__(THREADS) project(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) project(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 dynamic[];
   __shared__ Shared shared;
   u8* const slots = dynamic + p.stages * TILE_BYTES;

@@ -107,7 +107,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "norm", "out")),
-        *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "residual")),
+        *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "each", "more", "residual")),
         *((name, ctypes.c_int) for name in ("stages", "slots", "ahead", "trigger")),
         ("norm_eps", ctypes.c_float),
     ]
@@ -133,6 +133,7 @@ class Packed:
         stages, slots, shared_bytes = shape.rings(
             problem.tokens, problem.norm, device.shared_memory_per_block
         )
+        blocks = min(problem.columns, shape.blocks * device.sm_count)
         self._params = _Params(
             weight=weight.data_ptr(),
             bias=None if projection.bias is None else projection.bias.data_ptr(),
@@ -140,6 +141,8 @@ class Packed:
             tokens=problem.tokens,
             inputs=problem.inputs,
             outputs=problem.outputs,
+            each=problem.columns // blocks,
+            more=problem.columns % blocks,
             residual=problem.residual,
             stages=stages,
             slots=slots,
@@ -149,7 +152,7 @@ class Packed:
         )
         kernel = jit.kernel(_SOURCE, "project", shape.defines(problem.dtype, problem.swiglu), device.index)
         self._launch = kernel.prepare(
-            min(problem.columns, shape.blocks * device.sm_count),
+            blocks,
             shape.threads,
             self._params,
             shared_bytes=shared_bytes,
