@@ -46,7 +46,10 @@ def test_every_case_is_right_or_refused(rung: ladder.Rung, dtype: str) -> None:
         verdicts = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out, lse)
         assert verdicts.right, f"{case}, seed {seed}: {verdicts}"
         ran += 1
-    assert ran >= (10 if rung in ladder.PREFILL else 5)
+    if rung.name.startswith("numba_") and dtype != "float32":
+        assert ran == 0  # float32 only
+    else:
+        assert ran >= (10 if rung in ladder.PREFILL else 5)
 
 
 @pytest.mark.parametrize("head_dim", [1, 40, 80, 128, 257])

@@ -76,6 +76,7 @@ DECODE = tuple(
     Rung("decode", name)
     for name in (
         "torch_grouped",
+        "numba_paged",
         "cuda_single",
         "cuda_split",
         "triton_split",
@@ -89,6 +90,7 @@ FASTEST_FIRST = {
     "decode": (
         "decode/cuda_paged",
         "prefill/cuda_async",
+        "decode/numba_paged",
         "decode/torch_grouped",
         "prefill/torch_sdpa",
         "prefill/torch_naive",

@@ -47,11 +47,12 @@ RUNGS = {
         "cuda_skinny",
         "torch_linear",
         "torch_onednn",
+        "numba_gemv",
     )
 }
 """In teaching order."""
 
-FASTEST_FIRST = ("torch_onednn", "torch_linear")
+FASTEST_FIRST = ("numba_gemv", "torch_onednn", "torch_linear")
 """What `kernel="auto"` tries; the last refuses nothing."""
 
 

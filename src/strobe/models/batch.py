@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +33,11 @@ class KvTensors:
         """Room for `pages * page_size` tokens, zeroed: a page that was never written holds no NaN."""
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
         return cls(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+
+    @cached_property
+    def layers(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Each layer's k and v, `[pages, page_size, kv_heads, head_dim]`."""
+        return tuple(zip(self.k, self.v, strict=True))
 
     @property
     def page_size(self) -> int:

@@ -17,7 +17,6 @@ from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
 from strobe.ops import cache, rope
-from strobe.ops.norm import rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +103,11 @@ class Llama:
         c = self.config
         heads = qkv.view(-1, c.q_heads + 2 * c.kv_heads, c.head_dim)
         qk, v = heads.split_with_sizes((c.q_heads + c.kv_heads, c.kv_heads), 1)
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split_with_sizes((c.q_heads, c.kv_heads), 1)
-            qk = torch.cat((rms_norm(q, layer.q_norm, c.norm_eps), rms_norm(k, layer.k_norm, c.norm_eps)), 1)
-        k_pages, v_pages = batch.kv_cache.k[index], batch.kv_cache.v[index]
-        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots)
+            norms = cache.HeadNorms(layer.q_norm, layer.k_norm, c.norm_eps)
+        k_pages, v_pages = batch.kv_cache.layers[index]
+        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots, norms=norms)
         out: Any = attention(
             batch.rows(q),
             k_pages,

@@ -1,4 +1,7 @@
-"""Writing keys and values into their pages: torch's on a CPU, a CUDA kernel of our own on a GPU."""
+"""Writing keys and values into their pages: a kernel of our own, of CUDA on a GPU and of numba on a CPU.
+
+What the kernels do not take, torch does.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from strobe.cpu import jit as cpu_jit
 from strobe.cuda import jit
 from strobe.ops import rope
 from strobe.ops.norm import rms_norm
@@ -75,7 +79,8 @@ def append_rotated(
     """Rotate queries and keys by their positions, store the keys and the values, and return the queries.
 
     qk `[tokens, q_heads + kv_heads, head_dim]`; `turn` is `rope.angles`' cos and sin; `norms` come before
-    that; the rest as `append`. Returns `[tokens, q_heads, head_dim]`. On a GPU this is one launch.
+    that; the rest as `append`. Returns `[tokens, q_heads, head_dim]`. On a GPU this is one launch, on a CPU
+    with numba one loop.
     """
     q_heads = qk.shape[1] - v.shape[1]
     if norms is not None and not (FUSES_NORMS and _runs(qk, v, k_pages) and _norms_run(qk, norms)):
@@ -84,6 +89,14 @@ def append_rotated(
     if _runs(qk, v, k_pages):
         q = qk.new_empty((qk.shape[0], q_heads, qk.shape[2]))
         _launch_append(qk, v, q, k_pages, v_pages, slots, _How(turn, norms, scales))
+        return q
+    if _runs_on_cpu(qk, v, turn, k_pages):
+        (tokens, _, head_dim), kv_heads = qk.shape, v.shape[1]
+        q = qk.new_empty((tokens, q_heads, head_dim))
+        given = (qk, v, *turn, slots, k_pages, v_pages, q)
+        cpu_jit.kernels("strobe.ops.cache_kernel").append_rotated(
+            *[x.data_ptr() for x in given], tokens, q_heads, kv_heads, head_dim, qk.stride(0), v.stride(0)
+        )
         return q
     q, k = rope.rotate(qk, *turn).split_with_sizes((q_heads, v.shape[1]), 1)
     append(k, v, k_pages, v_pages, slots, scales)
@@ -137,6 +150,17 @@ def _runs(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor) -> bool:
     pieces = all(x.data_ptr() % 16 == 0 and not any(s % 8 for s in x.stride()[:2]) for x in (k, v))
     kinds = k.dtype in _SCALAR and pages.dtype in (k.dtype, torch.float8_e4m3fn)
     return kinds and pieces and k.shape[-1] % 16 == 0 and pages.is_contiguous()
+
+
+def _runs_on_cpu(qk: torch.Tensor, v: torch.Tensor, turn: Turn, pages: torch.Tensor) -> bool:
+    """Whether the CPU's kernel takes these: float32 throughout, a token's heads side by side."""
+    return (
+        not cpu_jit.refusals()
+        and not qk.is_cuda
+        and qk.dtype is v.dtype is pages.dtype is turn[0].dtype is torch.float32
+        and qk.stride()[1:] == v.stride()[1:] == (qk.shape[2], 1)
+        and pages.is_contiguous()
+    )
 
 
 def _norms_run(qk: torch.Tensor, norms: HeadNorms) -> bool:

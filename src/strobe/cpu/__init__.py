@@ -1,0 +1,1 @@
+"""Machine code for the processor: numba's compiler (`jit`, `kernel`) and threads to run it (`threads`)."""

@@ -1,0 +1,97 @@
+"""Kernels written in Python, compiled by numba on first use and kept on disk.
+
+A rung keeps its kernels in a module of its own, `<rung>_kernel`, which is imported when the rung first
+runs: numba takes half a second to import, and this module imports none.
+
+    def refusals(problem):
+        return [*jit.refusals(), ...]
+
+    def run(problem, x, projection, out):
+        jit.kernels("strobe.linear.numba_gemv_kernel").multiply(x.data_ptr(), ...)
+
+Kernels take addresses and sizes as integers, each of which costs a call some 30 ns where an array view
+of a tensor costs 500. They run without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from strobe import settings
+
+FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reordered and products contracted with additions; NaN and infinity keep their meaning."""
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def refusals() -> list[str]:
+    """Why nothing can be compiled here."""
+    if importlib.util.find_spec("numba") is None:
+        return ["needs numba: pip install 'strobe[cpu]'"]
+    return []
+
+
+@cache
+def kernels(module: str) -> ModuleType:
+    """The module of this name. Importing it compiles its kernels, or reads them from the cache."""
+    start = time.perf_counter()
+    loaded = importlib.import_module(module)
+    _log.info("%s ready in %.2f s", module, time.perf_counter() - start)
+    return loaded
+
+
+def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: machine code for arguments of these types, `"void(intp, float32)"`."""
+    import numba
+
+    def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH}
+        try:
+            with _cache_folder():
+                return numba.njit(signature, cache=True, **options)(function)
+        except (OSError, RuntimeError) as error:  # a folder that cannot be written, a full disk
+            warnings.warn(
+                f"compiled kernels are kept in memory only: {error} "
+                "(hint: set STROBE_CACHE_DIR to a folder that can be written)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return numba.njit(signature, **options)(function)
+
+    return compile
+
+
+@contextmanager
+def _cache_folder() -> Iterator[None]:
+    """numba's cache is in strobe's own folder while a kernel is defined; NUMBA_CACHE_DIR goes before it."""
+    from numba.core import config
+
+    was = config.CACHE_DIR
+    if not was:
+        config.CACHE_DIR = str(settings.load().cache_dir / "numba" / _version())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = was
+
+
+@cache
+def _version() -> str:
+    """numba knows a kernel by its own file; what kernels share is in this folder."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

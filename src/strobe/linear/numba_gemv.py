@@ -1,0 +1,74 @@
+"""A few tokens' product on a CPU at its memory's bandwidth, with all that stands around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from strobe.cpu import jit, threads
+from strobe.linear.problem import LinearProblem
+from strobe.linear.projection import Projection
+
+IDEA = "few tokens on a CPU: norm, product, SwiGLU and residual in one compiled loop, weights read once"
+
+MOST_TOKENS = 8
+_KERNEL = "strobe.linear.numba_gemv_kernel"
+_THREAD_BYTES = 1 << 22
+"""Least of the weight that is worth a thread of its own."""
+
+
+def refusals(problem: LinearProblem) -> list[str]:
+    reasons = list(jit.refusals())
+    if problem.device != "cpu":
+        reasons.append(f"tensors on {problem.device}; needs a CPU")
+    if problem.dtype != "float32":
+        reasons.append(f"dtype {problem.dtype}; supported: float32")
+    if problem.tokens > MOST_TOKENS:
+        reasons.append(f"{problem.tokens} tokens; supported: up to {MOST_TOKENS}")
+    if not problem.input_major:
+        reasons.append("a weight that lies output by output; supported: as linear.empty_weight lays it")
+    return reasons
+
+
+def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
+    try:
+        fixed = projection.scratch[_KERNEL]
+    except KeyError:
+        fixed = projection.scratch[_KERNEL] = _Fixed.of(projection)
+    call = partial(
+        fixed.project,
+        fixed.address,
+        projection.norm_eps,
+        x.data_ptr(),
+        out.data_ptr(),
+        problem.tokens,
+        problem.norm,
+        problem.swiglu,
+        problem.residual,
+    )
+    if fixed.threads == 1:
+        call(0, problem.columns)
+    else:
+        threads.run(call, threads.parts(problem.columns, fixed.threads))
+
+
+class _Fixed(NamedTuple):
+    """What all calls of one projection share; `address` is that of `numbers`."""
+
+    project: Callable[..., None]
+    address: int
+    numbers: np.ndarray
+    threads: int
+    """Most that the weight is worth."""
+
+    @classmethod
+    def of(cls, projection: Projection) -> _Fixed:
+        weight = projection.weight
+        tensors = [0 if t is None else t.data_ptr() for t in (weight, projection.bias, projection.norm)]
+        numbers = np.array([*tensors, weight.shape[1], weight.shape[0]], dtype=np.int64)
+        worth = max(1, weight.numel() * weight.element_size() // _THREAD_BYTES)
+        return cls(jit.kernels(_KERNEL).project, numbers.ctypes.data, numbers, worth)
