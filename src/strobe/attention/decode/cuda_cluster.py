@@ -66,6 +66,11 @@ def _choose(shape: Shape, segments: int) -> Shape:
     return next(fitting)
 
 
+def source(shape: Shape) -> jit.Source:
+    """What is compiled for a shape."""
+    return jit.Source(_SOURCE, shape.defines())
+
+
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -105,8 +110,8 @@ def sources(arch: str) -> list[jit.Source]:
         *((1, group, 128, "bfloat16", None) for group in (1, 8, 16)),
         (1, 4, 128, "bfloat16", paged.FP8),
     )
-    shapes = dict.fromkeys(choose_shape(paged.example(*each)) for each in examples)
-    return [jit.Source(_SOURCE, each) for each in {str(s.defines()): s.defines() for s in shapes}.values()]
+    shapes = dict.fromkeys(replace(choose_shape(paged.example(*each)), cluster=1) for each in examples)
+    return [source(shape) for shape in shapes]
 
 
 def _row_blocks(problem: AttentionProblem, shape: Shape) -> int:

@@ -71,6 +71,11 @@ def _choose(shape: Shape, kv_heads: int, batch: int) -> Shape:
     return next(each for each in fitting if each.shared_bytes(room) <= paged.SHARED_LIMIT)
 
 
+def source(shape: Shape) -> jit.Source:
+    """What is compiled for a shape."""
+    return jit.Source(_SOURCE, shape.defines())
+
+
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -119,7 +124,7 @@ def sources(arch: str) -> list[jit.Source]:
         *((batch, 4, 128, "bfloat16", paged.FP8) for batch in (1, 64)),
     )
     shapes = dict.fromkeys(choose_shape(paged.example(*each)) for each in examples)
-    return [jit.Source(_SOURCE, shape.defines()) for shape in shapes]
+    return [source(shape) for shape in shapes]
 
 
 _per_stream: dict[Any, torch.Tensor] = {}

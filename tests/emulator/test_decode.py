@@ -1,0 +1,74 @@
+"""The paged decode kernels in the emulator: their variants on ragged little caches, against the oracle."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator import emulated_gpu, missing
+
+from strobe.attention import paged
+from strobe.attention.api import empty_lse
+from strobe.attention.cases import Case, Inputs
+from strobe.attention.check import verdict
+from strobe.attention.decode import cuda_cluster, cuda_paged
+from strobe.attention.problem import UNLIMITED, Paged
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+EARLY = {"early": paged.READS, "read_once": True}
+VARIANTS = [
+    (cuda_paged, {"tickets": True, "early": paged.HINTS}),
+    (cuda_paged, EARLY),
+    (cuda_cluster, {"cluster": 4}),
+    (cuda_cluster, {"cluster": 16, **EARLY}),
+]
+
+
+def run(rung: Any, changes: dict[str, Any], inputs: Inputs, sms: int = 5) -> torch.Tensor:
+    out = torch.full_like(inputs.q, float("nan"))
+    with emulated_gpu(sm_count=sms):
+        problem = inputs.problem
+        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
+        shape = replace(rung.choose_shape(problem), **changes)
+        for _ in range(2):  # the second finds what the first left behind
+            rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse, shape)
+        judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
+    assert judged.right, str(judged)
+    return out
+
+
+@pytest.mark.parametrize(("rung", "changes"), VARIANTS)
+def test_packed_rows_with_fewer_queries_than_others(rung: Any, changes: dict[str, Any]) -> None:
+    rows = ((1, 130), (0, 40), (3, random.randint(3, 99)), (2, 0), (0, 64))
+    case = Case("ragged", rows, 32, 2, 64, "paged_packed", causal=True, sinks=True)
+    run(rung, changes, case.inputs(torch.bfloat16, seed=random.randrange(2**31)))
+
+
+@pytest.mark.parametrize(("rung", "changes"), [(cuda_paged, {}), VARIANTS[3]])
+def test_window_softcap_and_odd_pages(rung: Any, changes: dict[str, Any]) -> None:
+    rows = tuple((2, n) for n in (0, 1, 10, random.randint(11, 250)))
+    window = (random.randint(0, 60), UNLIMITED)
+    case = Case("odd", rows, 6, 2, 80, "paged", 10, causal=True, window=window, softcap=15.0)
+    run(rung, changes, case.inputs(torch.float16, seed=random.randrange(2**31)))
+
+
+@pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda rung: rung.__name__)
+def test_float8_cache(rung: Any) -> None:
+    inputs = Case("float8", ((1, 300), (1, 17)), 8, 2, 128, "paged", causal=True).inputs(torch.bfloat16)
+    k, v = inputs.k.to(torch.float8_e4m3fn), inputs.v.to(torch.float8_e4m3fn)
+    k_scale, v_scale = torch.rand(2, 2).add_(0.25)
+    layout = replace(inputs.options["layout"], k_scale=k_scale, v_scale=v_scale)
+    run(rung, {}, Inputs(inputs.q, k, v, {**inputs.options, "layout": layout}))
+
+
+def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
+    inputs = Case("", tuple((1, n) for n in (90, 3, 200)), 4, 2, 64, "paged").inputs(torch.bfloat16)
+    together, layout = run(cuda_cluster, {}, inputs), inputs.options["layout"]
+    for row in range(3):
+        alone = Paged(layout.page_table[row : row + 1], layout.seq_lens[row : row + 1])
+        part = Inputs(inputs.q[row : row + 1], inputs.k, inputs.v, {**inputs.options, "layout": alone})
+        assert torch.equal(run(cuda_cluster, {}, part)[0], together[row])
