@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu-report", type=Path, help="on a GPU, leave the counts in FOLDER/<gpu>/gpu_tests.json"
     )
+    parser.addoption("--emulate-all", action="store_true", help="emulate the rungs' whole case table")
 
 
 def pytest_terminal_summary(
@@ -57,7 +58,7 @@ def _show_kernels(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if "gpu" in item.keywords]
+    marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
     import torch

@@ -23,14 +23,14 @@ from strobe.cuda import nvrtc
 HERE = Path(__file__).parent
 TWINS = HERE / "include"
 
-_RUNTIME = ("runtime.cpp", "engines.cpp")
+_RUNTIME = ("runtime.cpp", "engines.cpp", "races.cpp")
 _COMMON = (
     "-std=c++20",
     "-fPIC",
     "-U_FORTIFY_SOURCE",
     "-fvisibility=hidden",
     "-fno-gnu-unique",
-    "-ffp-contract=off",
+    "-ffp-contract=fast",
     "-march=native",
     "-g1",
 )

@@ -20,4 +20,12 @@ void wait_for(Engine engine, int pending);
 void defer_until_looked_at(const void* barrier, uint32_t rank, Work work);
 void do_deferred(const void* barrier);
 
+// What a barrier in shared memory orders (races.h): the current thread's past goes into its open phase; the phase ends;
+// what came before its end becomes known to the current thread.
+void barrier_released(const void* barrier);
+void barrier_released_by_others(const void* barrier, uint32_t rank);  // from another block, whose clocks are not known
+void barrier_phase_ended(const void* barrier);
+void barrier_acquired(const void* barrier);
+void forget_accesses(const void* shared, size_t bytes);  // another block wrote there
+
 }  // namespace emulator

@@ -46,8 +46,8 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __logf(float x) { return logf(x); }
 inline float __expf(float x) { return expf(x); }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
+float __fmul_rn(float a, float b);  // elsewhere a product and a sum become one fma, as in CUDA
+float __fadd_rn(float a, float b);
 inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
@@ -91,13 +91,13 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // Threads of this emulation never run at the same moment: read, change, write.
-#define EMULATOR_ATOMIC(NAME, EXPRESSION)                                   \
-  template <class T>                                                        \
-  T NAME(T* p, std::type_identity_t<T> x, Where where = Where::current()) { \
-    emulator::look_at(p, sizeof(T), where);                                            \
-    const T old = *p;                                                       \
-    *p = EXPRESSION;                                                        \
-    return old;                                                             \
+#define EMULATOR_ATOMIC(NAME, EXPRESSION)                                                                        \
+  template <class T>                                                                                             \
+  __attribute__((no_sanitize("thread"))) T NAME(T* p, std::type_identity_t<T> x, Where where = Where::current()) { \
+    emulator::look_at(p, sizeof(T), where);                                                                      \
+    const T old = *p;                                                                                            \
+    *p = EXPRESSION;                                                                                             \
+    return old;                                                                                                  \
   }
 EMULATOR_ATOMIC(atomicAdd, old + x)
 EMULATOR_ATOMIC(atomicSub, old - x)
@@ -110,7 +110,8 @@ EMULATOR_ATOMIC(atomicAnd, old & x)
 EMULATOR_ATOMIC(atomicOr, old | x)
 EMULATOR_ATOMIC(atomicXor, old ^ x)
 template <class T>
-T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x, Where where = Where::current()) {
+__attribute__((no_sanitize("thread"))) T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x,
+                                                   Where where = Where::current()) {
   emulator::look_at(p, sizeof(T), where);
   const T old = *p;
   if (old == expected) *p = x;
@@ -121,7 +122,7 @@ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> x, W
 
 inline void __syncthreads(Where where = Where::current()) { emulator::meet_block(0, 0, true, where); }
 inline void __syncwarp(unsigned mask = ~0u, Where where = Where::current()) {
-  emulator::meet_warp(mask, nullptr, [](void* const*) {}, where);
+  emulator::meet_warp(mask, nullptr, [](void* const*) {}, true, where);
 }
 
 namespace emulator {
@@ -142,7 +143,7 @@ T shuffle(unsigned mask, T value, int from, Where where) {
       if (lanes[i]) values[i] = static_cast<Shuffle<T>*>(lanes[i])->value;
     for (int i = 0; i < 32; ++i)
       if (lanes[i]) static_cast<Shuffle<T>*>(lanes[i])->value = values[static_cast<Shuffle<T>*>(lanes[i])->from];
-  }, where);
+  }, false, where);
   return mine.value;
 }
 
@@ -156,7 +157,7 @@ inline unsigned ballot(unsigned mask, bool vote, Where where) {
       if (lanes[i]) votes |= *static_cast<unsigned*>(lanes[i]) << i;
     for (int i = 0; i < 32; ++i)
       if (lanes[i]) *static_cast<unsigned*>(lanes[i]) = votes;
-  }, where);
+  }, false, where);
   return mine;
 }
 

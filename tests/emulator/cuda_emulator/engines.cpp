@@ -8,6 +8,9 @@
 #include "device.h"
 #include "include/convert.cuh"
 
+float __fmul_rn(float a, float b) { return a * b; }
+float __fadd_rn(float a, float b) { return a + b; }
+
 namespace emulator {
 namespace {
 
@@ -161,15 +164,16 @@ struct Phase {
 
   int count() const { return count_and_parity & 0x7fff; }
   uint32_t parity() const { return count_and_parity >> 15; }
-  void end_if_complete() {
-    if (pending || bytes) return;
+  bool end_if_complete() {
+    if (pending || bytes) return false;
     count_and_parity ^= 0x8000;
     pending = count();
+    return true;
   }
 };
 
 Phase& phase_of(uint64_t* barrier, Where where) {
-  check_access(barrier, 8, true, where);
+  check_access(barrier, 8, false, where);  // initialised before, as barriers order it
   Phase& phase = *reinterpret_cast<Phase*>(barrier);
   if (phase.pending < 0) fail(where, "a barrier that is not initialised");
   return phase;
@@ -178,7 +182,13 @@ Phase& phase_of(uint64_t* barrier, Where where) {
 void bytes_came(uint64_t* barrier, uint32_t bytes, Where where) {
   Phase& phase = phase_of(barrier, where);
   phase.bytes -= bytes;
-  phase.end_if_complete();
+  if (phase.end_if_complete()) barrier_phase_ended(barrier);
+}
+
+void arrive(Phase& phase, uint32_t expected_bytes, Where where) {
+  if (phase.pending <= 0) fail(where, "more arrivals than the barrier's %d", phase.count());
+  phase.bytes += expected_bytes;
+  --phase.pending;
 }
 
 struct TensorMap {  // as tensor_map.py has it
@@ -233,23 +243,23 @@ struct Box {  // a copy to be done
 void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where where) {
   Matrices mine{m, shared_pointer(address), transposed};
   check_access(mine.row, 16, false, where);
-  meet_warp(~0u, &mine, matrices_of_warp, where);
+  meet_warp(~0u, &mine, matrices_of_warp, false, where);
 }
 
 void store_matrices(uint32_t address, const uint32_t (&m)[4], Where where) {
   Matrices mine{const_cast<uint32_t*>(m), shared_pointer(address), false};
   check_access(mine.row, 16, true, where);
-  meet_warp(~0u, &mine, store_matrices_of_warp, where);
+  meet_warp(~0u, &mine, store_matrices_of_warp, false, where);
 }
 
 uint32_t transpose_matrix(uint32_t rows, Where where) {
-  meet_warp(~0u, &rows, transpose_of_warp, where);
+  meet_warp(~0u, &rows, transpose_of_warp, false, where);
   return rows;
 }
 
 void mma(Type type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where) {
   Product mine{type, c, a, {b0, b1}};
-  meet_warp(~0u, &mine, mma_of_warp, where);
+  meet_warp(~0u, &mine, mma_of_warp, false, where);
 }
 
 void wgmma(const WarpgroupProduct& product, Where where) {
@@ -258,7 +268,7 @@ void wgmma(const WarpgroupProduct& product, Where where) {
 }
 
 void wgmma_commit(Where where) {
-  meet_warp(~0u, nullptr, [](void* const*) {}, where);
+  meet_warp(~0u, nullptr, [](void* const*) {}, false, where);
   commit(PRODUCTS);
 }
 
@@ -266,7 +276,7 @@ void wgmma_wait(int pending, Where where) {
   Products mine{{}, int(threadIdx.x % 128 / 32), where};
   gathering = &mine;
   wait_for(PRODUCTS, pending);
-  meet_warp(~0u, &mine, products_of_warp, where);
+  meet_warp(~0u, &mine, products_of_warp, true, where);
 }
 
 void copy_async(uint32_t shared, const void* global, int bytes, bool valid, Where where) {
@@ -274,6 +284,7 @@ void copy_async(uint32_t shared, const void* global, int bytes, bool valid, Wher
   check_access(to, bytes, true, where);
   if (valid) check_access(global, bytes, false, where);
   defer(COPIES, [=] {
+    check_access(to, bytes, true, where);  // written at any time from the call to the wait
     if (valid) memcpy(to, global, bytes);
     else memset(to, 0, bytes);
   });
@@ -286,51 +297,63 @@ void barrier_init(uint64_t* barrier, int count, Where where) {
   *reinterpret_cast<Phase*>(barrier) = {0, int16_t(count), uint16_t(count)};
 }
 
-void arrive(Phase& phase, uint32_t expected_bytes, Where where) {
-  if (phase.pending <= 0) fail(where, "more arrivals than the barrier's %d", phase.count());
-  phase.bytes += expected_bytes;
-  --phase.pending;
-  phase.end_if_complete();
+void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
+  Phase& phase = phase_of(barrier, where);
+  arrive(phase, expected_bytes, where);
+  barrier_released(barrier);
+  if (phase.end_if_complete()) barrier_phase_ended(barrier);
   look(true, where);
 }
 
-void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
-  arrive(phase_of(barrier, where), expected_bytes, where);
-}
-
 void barrier_arrive_at(uint64_t* barrier, uint32_t rank, Where where) {
-  arrive(*static_cast<Phase*>(remote_shared(barrier, 8, rank, where)), 0, where);
+  if (rank == cluster_rank()) return barrier_arrive(barrier, 0, where);
+  Phase& phase = *static_cast<Phase*>(remote_shared(barrier, 8, rank, where));
+  arrive(phase, 0, where);
+  barrier_released_by_others(barrier, rank);
+  phase.end_if_complete();
+  look(true, where);
 }
 
 bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
   phase_of(barrier, where);
   do_deferred(barrier);
-  return look(phase_of(barrier, where).parity() != parity, where);
+  const bool passed = phase_of(barrier, where).parity() != parity;
+  if (passed) barrier_acquired(barrier);
+  return look(passed, where);
 }
 
 void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, uint32_t blocks, Where where) {
   const Box box(map, shared_address(shared), first);
   const uint32_t bytes = check_box(box.map, box.shared, first, where);
-  for (uint32_t rank = 0; rank < cluster_size(); ++rank)
-    if (blocks ? blocks >> rank & 1 : rank == cluster_rank())
-      defer_until_looked_at(barrier, rank, [=] {
-        walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
-          check_access(to, 16, true, where);
-          memset(to, 0, 16);
-          for (uint32_t i = 0; i < size; i += 2) check_access(from + i, std::min(2u, size), false, where);
-          if (from) memcpy(to, from, size);
-        });
-        bytes_came(barrier, bytes, where);
+  for (uint32_t rank = 0; rank < cluster_size(); ++rank) {
+    if (!(blocks ? blocks >> rank & 1 : rank == cluster_rank())) continue;
+    const bool own = rank == cluster_rank();
+    if (own) {  // from here on nobody may be reading there
+      walk_box(box.map, box.shared, box.first,
+               [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, true, where); });
+      barrier_released(barrier);
+    }
+    defer_until_looked_at(barrier, rank, [=] {
+      walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
+        if (!own) forget_accesses(to, 16);
+        memset(to, 0, 16);
+        for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), false, where);
+        if (from) memcpy(to, from, size);
       });
+      bytes_came(barrier, bytes, where);
+    });
+  }
 }
 
 void tma_store(const void* map, const void* shared, const Coordinates& first, Where where) {
   const Box box(map, shared_address(shared), first);
   check_box(box.map, box.shared, first, where);
+  walk_box(box.map, box.shared, box.first,
+           [=](const unsigned char*, const unsigned char* from, uint32_t) { check_access(from, 16, false, where); });
   defer(STORES, [=] {
     walk_box(box.map, box.shared, box.first, [=](unsigned char* to, const unsigned char* from, uint32_t size) {
       check_access(from, 16, false, where);
-      for (uint32_t i = 0; i < size; i += 2) check_access(to + i, std::min(2u, size), true, where);
+      for (uint32_t i = 0; i < size; i += 2) check_bounds(to + i, std::min(2u, size), true, where);
       if (to) memcpy(to, from, size);
     });
   });
@@ -346,6 +369,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     check_access(static_cast<const char*>(global) + i, 16, false, where);
     check_access(static_cast<char*>(shared) + i, 16, true, where);
   }
+  barrier_released(barrier);
   defer_until_looked_at(barrier, cluster_rank(), [=] {
     memcpy(shared, global, bytes);
     bytes_came(barrier, bytes, where);

@@ -1,11 +1,13 @@
 // Threads of a block as fibers, their meetings, and every access to memory they make (__init__.py).
 #include "deferred.h"
+#include "races.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -13,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 emulator::Dim threadIdx, blockIdx, blockDim, gridDim;
@@ -34,18 +37,31 @@ struct Thread {
   bool started = false;
   State state = State::READY;
   Where where;  // it waits
-  unsigned mask = 0;
+  unsigned mask = 0;  // of its meeting with other lanes, and what it brought to it
   void* operand = nullptr;
+  Act act = nullptr;
+  bool orders = false;
   const void* seen_at = nullptr;  // by its last look at memory
   unsigned char seen[16];
+  struct {  // its last plain store to shared memory
+    size_t offset, bytes = 0;
+    unsigned char before[16];
+    uint32_t place;
+  } store;
   std::vector<Work> open[ENGINES];  // the engines' open groups, and the closed ones that are not done
-  std::deque<std::vector<Work>> closed[ENGINES];
+  std::vector<std::vector<Work>> closed[ENGINES];
   unsigned cluster_phase = 0;  // that it arrived for
 };
 
 struct Barrier {
   int come = 0, threads = 0;
   std::vector<Thread*> waiting;
+  Clock clock;  // of those that have come
+};
+
+struct Phases {  // of a barrier in shared memory
+  Clock open, done;
+  bool foreign = false;  // threads of other blocks arrive: their clocks are not known
 };
 
 struct Block;
@@ -66,6 +82,8 @@ struct Block {
   std::vector<unsigned> waiting_lanes;  // of each warp
   Barrier barriers[BARRIERS];
   std::map<const void*, std::vector<Work>> deferred;  // by the barrier that it comes with
+  std::map<const void*, Phases> phases;
+  std::unique_ptr<Races> races;
   std::vector<unsigned char> shared;  // while another block runs
   char* stacks;
   int running;      // threads that have not ended
@@ -107,6 +125,7 @@ size_t dynamic_offset = 0;
 // --- threads -----------------------------------------------------------------------------------------
 
 void body();
+void settle_store();
 
 [[noreturn]] void resume_next() {
   if (block->ready.empty() || block->fruitless > 2 * block->ready.size()) _longjmp(scheduler, 1);
@@ -157,7 +176,7 @@ bool same_place(const Where& a, const Where& b) {
 }
 
 // Run the meeting of `mask` if all its lanes have come.
-bool complete_warp(int warp, unsigned mask, Act act, const Thread& last) {
+bool complete_warp(int warp, unsigned mask, const Thread& last) {
   const unsigned lanes = mask & running_lanes(warp);
   if ((block->waiting_lanes[warp] & lanes) != lanes) return false;
   void* operands[32] = {};
@@ -170,7 +189,13 @@ bool complete_warp(int warp, unsigned mask, Act act, const Thread& last) {
            int(other.where.line()), other.mask);
     operands[i] = other.operand;
   }
-  act(operands);
+  last.act(operands);
+  if (last.orders) {
+    std::vector<int> numbers;
+    for (int i = 0; i < 32; ++i)
+      if (lanes >> i & 1) numbers.push_back(warp * 32 + i);
+    block->races->meet(numbers);
+  }
   happened();
   block->waiting_lanes[warp] &= ~lanes;
   for (int i = 0; i < 32; ++i)
@@ -183,6 +208,8 @@ void release_if_complete(Cluster& cluster) {
   happened();
   cluster.come = 0;
   ++cluster.phase;
+  for (Block* each : cluster.blocks)
+    if (each) each->races->meet_all();
   for (const auto& [its_block, thread] : cluster.waiting) {
     if (thread == self) continue;
     thread->state = State::READY;
@@ -196,12 +223,14 @@ void release_if_complete(Barrier& barrier) {
   if (!barrier.come || barrier.come < threads) return;
   happened();
   barrier.come = 0;
-  for (Thread* each : barrier.waiting)
+  if (threads == block->running) block->races->meet_all();
+  for (Thread* each : barrier.waiting) {
+    block->races->acquire(each->number, barrier.clock);
     if (each != self) wake(each);
+  }
   barrier.waiting.clear();
+  barrier.clock.clear();
 }
-
-std::map<int, Act> acts_by_warp;  // of lanes that wait, for those that end meanwhile
 
 std::string text(const char* format, ...) {
   char line[1024];
@@ -225,6 +254,7 @@ std::string who() {
 
 void body() {
   kernel->call(launch->arguments);
+  settle_store();
   if (!self->open[STORES].empty() || !self->closed[STORES].empty())
     stop(who() + " ends while the copy engine reads its shared memory");
   self->state = State::ENDED;
@@ -236,7 +266,7 @@ void body() {
   const int warp = self->number / 32;
   if (const unsigned waiting = block->waiting_lanes[warp]) {
     Thread& first = warp_of(warp)[__builtin_ctz(waiting)];
-    complete_warp(warp, first.mask, acts_by_warp[warp], first);
+    complete_warp(warp, first.mask, first);
   }
   resume_next();
 }
@@ -273,6 +303,7 @@ std::unique_ptr<Block> start_block(Dim index) {
   fresh->threads.resize(fresh->running);
   fresh->waiting_lanes.resize((fresh->running + 31) / 32);
   fresh->shared.assign(__stop_shared_memory - __start_shared_memory, 0xff);
+  fresh->races = std::make_unique<Races>(fresh->running, fresh->shared.size());
   if (spare_stacks.empty()) {
     void* room = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -387,29 +418,79 @@ std::string complaint(const void* address, size_t bytes) {
               distance < 0 ? "before" : "past the end of", size_t(nearest->end - nearest->begin));
 }
 
+// A place in the sources in 32 bits: an instruction (a return address) or a call (a source_location), in this library.
+uint32_t place_of(void* from) { return static_cast<char*>(from) - &__ehdr_start; }
+uint32_t place_of(Where where) { return (std::bit_cast<char*>(where) - &__ehdr_start) | 1u << 31; }
+
+std::string text_of(uint32_t place) {
+  if (!(place >> 31)) return text("@%x", place);  // kernel.py finds the line
+  const Where where = std::bit_cast<Where>(&__ehdr_start + (place & ~(1u << 31)));
+  return text("%s:%d", name_of(where), int(where.line()));
+}
+
+[[noreturn]] void complain(size_t bytes, bool write, uint32_t place, const std::string& about) {
+  stop(text("%s at %s: %s %zu bytes at %s", who().c_str(), text_of(place).c_str(), write ? "writes" : "reads", bytes,
+            about.c_str()));
+}
+
+void check_race(size_t offset, size_t bytes, bool write, uint32_t place) {
+  const Races::Mark other = block->races->access(self->number, offset, bytes, write, place);
+  if (other.time)
+    complain(bytes, write, place,
+             text("offset %zu of shared memory, a race: nothing orders it and an access by thread %u at %s", offset,
+                  other.thread, text_of(other.place).c_str()));
+}
+
+void check(const void* address, size_t bytes, size_t alignment, bool write, uint32_t place) {
+  const std::string wrong = complaint(address, bytes);
+  if (!wrong.empty()) complain(bytes, write, place, wrong);
+  if (uintptr_t(address) % alignment) complain(bytes, write, place, text("%p, which is not aligned", address));
+}
+
+// Where in shared memory, or past its end.
+size_t shared_offset(const void* address) {
+  return static_cast<const unsigned char*>(address) - __start_shared_memory;
+}
+bool is_shared(const void* address) {
+  return shared_offset(address) < size_t(__stop_shared_memory - __start_shared_memory);
+}
+
+// A store counts from the next that its thread does: only then is it known whether it changed anything. One that did not
+// is no race (threads may clear the same memory).
+void settle_store() {
+  auto& store = self->store;
+  if (!store.bytes) return;
+  const size_t bytes = std::exchange(store.bytes, 0);
+  if (memcmp(store.before, __start_shared_memory + store.offset, bytes))
+    check_race(store.offset, bytes, true, store.place);
+  else
+    block->races->write_same(self->number, store.offset, bytes, store.place);
+}
+
 void access(const void* address, size_t bytes, bool aligned, bool write, void* from) {
-  if (!self) return;
-  if (uintptr_t(address) - uintptr_t(self->stack) < STACK_BYTES) return;
-  std::string wrong = complaint(address, bytes);
-  if (wrong.empty() && aligned && uintptr_t(address) % bytes) wrong = text("%p, which is not aligned", address);
-  if (!wrong.empty())
-    stop(text("%s at @%tx: %s %zu bytes at %s", who().c_str(), static_cast<char*>(from) - &__ehdr_start,
-              write ? "writes" : "reads", bytes, wrong.c_str()));
+  if (!self || uintptr_t(address) - uintptr_t(self->stack) < STACK_BYTES) return;
+  settle_store();
+  check(address, bytes, aligned ? bytes : 1, write, place_of(from));
+  if (!is_shared(address)) return;
+  if (!write || bytes > sizeof self->store.before) return check_race(shared_offset(address), bytes, write, place_of(from));
+  self->store.offset = shared_offset(address), self->store.bytes = bytes, self->store.place = place_of(from);
+  memcpy(self->store.before, address, bytes);
 }
 
 }  // namespace
 
-void meet_warp(unsigned mask, void* operand, Act act, Where where) {
+void meet_warp(unsigned mask, void* operand, Act act, bool orders, Where where) {
   const int warp = self->number / 32;
+  settle_store();
   if (!(mask >> self->number % 32 & 1)) fail(where, "a lane that is not in its own mask %#x", mask);
-  self->mask = mask, self->operand = operand, self->where = where;
+  self->mask = mask, self->operand = operand, self->act = act, self->orders = orders, self->where = where;
   block->waiting_lanes[warp] |= 1u << self->number % 32;
-  acts_by_warp[warp] = act;
-  if (!complete_warp(warp, mask, act, *self)) pause(State::IN_WARP, where);
+  if (!complete_warp(warp, mask, *self)) pause(State::IN_WARP, where);
 }
 
 void meet_block(int number, int threads, bool wait, Where where) {
   Barrier& barrier = block->barriers[number];
+  settle_store();
   if (barrier.come && barrier.threads != threads)
     fail(where, "barrier %d is for %d threads here, for %d elsewhere", number, threads, barrier.threads);
   if (number == 0 && !barrier.waiting.empty() && !same_place(barrier.waiting[0]->where, where))
@@ -417,6 +498,7 @@ void meet_block(int number, int threads, bool wait, Where where) {
          name_of(barrier.waiting[0]->where), int(barrier.waiting[0]->where.line()));
   barrier.threads = threads;
   ++barrier.come;
+  if (threads) block->races->release(self->number, barrier.clock);
   happened();
   if (wait) {
     self->where = where;
@@ -431,6 +513,7 @@ uint32_t cluster_rank() { return block->rank; }
 uint32_t cluster_size() { return block->cluster->blocks.size(); }
 
 void cluster_arrive(Where) {
+  settle_store();
   Cluster& cluster = *block->cluster;
   self->cluster_phase = cluster.phase + 1;
   ++cluster.come;
@@ -450,7 +533,7 @@ void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where) {
   const auto& blocks = block->cluster->blocks;
   if (rank >= blocks.size()) fail(where, "block %u of a cluster of %zu", rank, blocks.size());
   if (!blocks[rank]) fail(where, "asks for shared memory of block %u of its cluster, which has ended", rank);
-  check_access(p, bytes, false, where);
+  check_bounds(p, bytes, false, where);
   unsigned char* const here = static_cast<unsigned char*>(const_cast<void*>(p));
   return blocks[rank] == loaded ? here : blocks[rank]->shared.data() + (here - __start_shared_memory);
 }
@@ -469,15 +552,34 @@ void commit(Engine engine) {
 
 void wait_for(Engine engine, int pending) {
   auto& closed = self->closed[engine];
-  for (; closed.size() > size_t(pending); closed.pop_front())
+  while (closed.size() > size_t(pending)) {
     for (const Work& work : closed.front()) work();
+    closed.erase(closed.begin());
+  }
 }
 
 void defer_until_looked_at(const void* barrier, uint32_t rank, Work work) {
   Block* const target = block->cluster->blocks[rank];
-  if (target) target->deferred[barrier].push_back(std::move(work));
+  if (!target) return;
+  target->deferred[barrier].push_back(std::move(work));
   ++target->events;
 }
+
+void barrier_released(const void* barrier) { block->races->release(self->number, block->phases[barrier].open); }
+void barrier_released_by_others(const void* barrier, uint32_t rank) {
+  block->cluster->blocks[rank]->phases[barrier].foreign = true;
+}
+void barrier_phase_ended(const void* barrier) {
+  Phases& phases = block->phases[barrier];
+  phases.done = std::move(phases.open);
+  phases.open.clear();
+}
+void barrier_acquired(const void* barrier) {
+  const Phases& phases = block->phases[barrier];
+  if (phases.foreign) block->races->acquire_all(self->number);
+  else block->races->acquire(self->number, phases.done);
+}
+void forget_accesses(const void* shared, size_t bytes) { block->races->forget(shared_offset(shared), bytes); }
 
 void do_deferred(const void* barrier) {
   const auto found = block->deferred.find(barrier);
@@ -488,6 +590,7 @@ void do_deferred(const void* barrier) {
 }
 
 bool look(bool come, Where where) {
+  settle_store();
   if (come) {
     happened();
   } else {
@@ -516,9 +619,12 @@ void fail(Where where, const char* format, ...) {
 }
 
 void check_access(const void* address, size_t bytes, bool write, Where where) {
-  std::string wrong = complaint(address, bytes);
-  if (wrong.empty() && uintptr_t(address) % std::min<size_t>(bytes, 16)) wrong = text("%p, which is not aligned", address);
-  if (!wrong.empty()) fail(where, "%s %zu bytes at %s", write ? "writes" : "reads", bytes, wrong.c_str());
+  settle_store();
+  check(address, bytes, std::min<size_t>(bytes, 16), write, place_of(where));
+  if (is_shared(address)) check_race(shared_offset(address), bytes, write, place_of(where));
+}
+void check_bounds(const void* address, size_t bytes, bool write, Where where) {
+  check(address, bytes, std::min<size_t>(bytes, 16), write, place_of(where));
 }
 
 constexpr uint32_t WINDOW = 1024;  // where shared memory begins: no address is 0

@@ -15,9 +15,10 @@ struct Dim {
 };
 
 // The lanes of `mask` that still run meet: the last to come runs `act` over all lanes' operands (null where a lane does
-// not take part), then all go on. Lanes that meet at different places are an error.
+// not take part), then all go on. Lanes that meet at different places are an error. Only a meeting that `orders` makes
+// what lanes did to memory before it known to all after it: a shuffle does not.
 using Act = void (*)(void* const* lanes);
-void meet_warp(unsigned mask, void* operand, Act act, Where where);
+void meet_warp(unsigned mask, void* operand, Act act, bool orders, Where where);
 
 // Barrier `number` of the block, complete when `threads` have come (0: all that still run). Who does not `wait` goes on.
 void meet_block(int number, int threads, bool wait, Where where);
@@ -29,8 +30,10 @@ void look_at(const void* address, size_t bytes, Where where);
 
 [[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// An access by a function that stands for PTX. Plain ones are seen by themselves (runtime.cpp, __tsan_*).
+// An access by a function that stands for PTX: in bounds, aligned, and where it is shared memory no race. Plain
+// accesses are seen by themselves (runtime.cpp, __tsan_*).
 void check_access(const void* address, size_t bytes, bool write, Where where);
+void check_bounds(const void* address, size_t bytes, bool write, Where where);  // only that
 
 uint32_t shared_address(const void* p);  // in the window of the block's shared memory
 unsigned char* shared_pointer(uint32_t address);

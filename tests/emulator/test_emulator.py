@@ -1,0 +1,153 @@
+"""The emulator itself: it finds what is wrong with a kernel, and rounds as a GPU does."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator import EmulationError, build, emulated_gpu, kernel
+
+from strobe.cuda import nvrtc
+
+HEAD = 'extern "C" __global__ void attempt(const float* in, float* out, int n)'
+
+
+def attempt(folder: Path, body: str, n: int = 64, shared_bytes: int = 256) -> torch.Tensor:
+    """out [n] of a block of 64 threads that runs `body` on in [n]."""
+    source = folder / "attempt.cu"
+    source.write_text(f'#include "async_copy.cuh"\n#include "barrier.cuh"\n{HEAD} {{\n{body}\n}}\n')
+    x, out = torch.arange(n, dtype=torch.float32), torch.full((n,), float("nan"))
+    with emulated_gpu():
+        kernel.kernel(source, "attempt")(1, 64, [x, out, ctypes.c_int(n)], shared_bytes=shared_bytes)
+    return out
+
+
+I = "const int i = threadIdx.x;\n"  # noqa: E741
+SHARED = I + "extern __shared__ float4 room[];\nfloat* x = reinterpret_cast<float*>(room);\n"
+MISTAKES = {
+    "read past the end": (I + "out[i] = in[i + 1];", r"thread \(63, 0, 0\) at attempt.cu:5: reads 4 bytes"),
+    "write before the start": (
+        I + "out[i - 1] = 0;",
+        r"thread \(0, 0, 0\).* writes 4 bytes .*4 bytes before",
+    ),
+    "misaligned": (I + "if (i == 3) *reinterpret_cast<float4*>(out + i) = {};", "not aligned"),
+    "shared memory's end": (SHARED + "x[i + 1] = 1;", "offset 256 of 256 bytes of dynamic shared memory"),
+    "no barrier": (SHARED + "x[i] = in[i];\nout[i] = x[63 - i];", "a race: nothing orders it"),
+    "overwritten too early": (
+        SHARED + "x[i] = in[i];\n__syncthreads();\nout[i] = x[63 - i];\nx[i] = 9;",
+        "a race: nothing orders it",
+    ),
+    "shuffles order nothing": (
+        SHARED + "x[i] = in[i];\n__shfl_sync(~0u, i, 0);\nout[i] = x[i ^ 1];",
+        "a race: nothing orders it",
+    ),
+    "divergent barrier": (
+        I + "if (i < 32) __syncthreads();\nelse\n__syncthreads();",
+        "divergent barrier: thread 0 waits at attempt.cu:5",
+    ),
+    "divergent warp": (
+        I + "if (i % 2) out[i] = __shfl_sync(~0u, i, 0);\nelse\nout[i] = __shfl_sync(~0u, i, 1);",
+        "divergent warp: lane",
+    ),
+    "deadlock": (
+        "__shared__ Barrier full;\nif (!threadIdx.x) full.init(2);\n__syncthreads();\n"
+        "if (!threadIdx.x) full.arrive();\nfull.wait(0);",
+        r"deadlock: every thread waits\n  block \(0, 0, 0\), warp 0: lanes ffffffff looking \(attempt.cu:8\)",
+    ),
+    "one arrival too many": (
+        "__shared__ Barrier full;\nif (!threadIdx.x) full.init(1);\n"
+        "__syncthreads();\nfull.arrive_expecting(8);",
+        "more arrivals than the barrier's 1",
+    ),
+    "an arrival before init": ("__shared__ Barrier full;\nfull.arrive();", "not initialised"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(mistake: str, tmp_path: Path) -> None:
+    body, message = MISTAKES[mistake]
+    with pytest.raises(EmulationError, match=message):
+        attempt(tmp_path, body)
+
+
+def test_the_same_with_barriers_is_right(tmp_path: Path) -> None:
+    out = attempt(
+        tmp_path, SHARED + "x[i] = in[i];\n__syncthreads();\nout[i] = x[63 - i];\n__syncthreads();\nx[i] = 9;"
+    )
+    assert torch.equal(out, torch.arange(64.0).flip(0))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_asynchronous_copies_arrive_when_waited_for(waits: bool, tmp_path: Path) -> None:
+    body = (
+        SHARED + "if (i < 16) copy_async_16(shared_address(x + 4 * i), in + 4 * i, true);\ncommit_copies();\n"
+    )
+    body += "wait_copies<0>();\n__syncthreads();\n" if waits else "__syncthreads();\n"
+    out = attempt(tmp_path, body + "out[i] = x[i];\nwait_copies<0>();") if waits else None
+    if waits:
+        assert torch.equal(out, torch.arange(64.0))
+        return
+    with pytest.raises(EmulationError, match="a race: nothing orders it"):
+        attempt(tmp_path, body + "out[i] = x[i];\n__syncthreads();\nwait_copies<0>();\nx[i] = 0;")
+
+
+def test_unwritten_shared_memory_is_not_a_number(tmp_path: Path) -> None:
+    assert attempt(tmp_path, SHARED + "out[i] = x[i];").isnan().all()
+
+
+def test_launches_that_a_gpu_refuses(tmp_path: Path) -> None:
+    with pytest.raises(EmulationError, match="an SM has 232448"):
+        attempt(tmp_path, "", shared_bytes=228 * 1024)
+    x = torch.zeros(1)
+    with emulated_gpu():
+        launch = kernel.kernel(tmp_path / "attempt.cu", "attempt").prepare(1, 32, [x, x, ctypes.c_int64(1)])
+    with pytest.raises(EmulationError, match="argument 2 of attempt is 4 bytes there, 8 here"):
+        launch()
+
+
+def test_conversions_round_as_a_gpu_does(tmp_path: Path) -> None:
+    body = (
+        I
+        + """
+for (; i < n; i += 64) {
+  out[4 * i] = __uint_as_float(f16_bits(in[i]));
+  out[4 * i + 1] = __uint_as_float(bf16_bits(in[i]));
+  out[4 * i + 2] = __uint_as_float(e4m3_pair(in[i], -in[i]));
+  out[4 * i + 3] = f16_value(f16_bits(in[i]));
+}""".replace("for (;", "for (int j = i;").replace("i < n; i +=", "j < n; j +=")
+    )
+    body = re.sub(r"\[(4 \* )?i\b", lambda found: found[0][:-1] + "j", body)
+    source = tmp_path / "convert.cu"
+    source.write_text(f'#include "types.cuh"\n{HEAD} {{\n{body}\n}}\n')
+    every_f16 = torch.arange(2**16).to(torch.int16).view(torch.float16).float()
+    between = (every_f16[1:] + every_f16[:-1]) / 2  # ties
+    x = torch.cat(
+        [
+            every_f16,
+            between,
+            torch.randn(5000) * 300,
+            torch.rand(5000) * 1e-6,
+            torch.tensor([448.0, 449, 464, 1e9]),
+        ]
+    )
+    x = x[~x.isnan()].contiguous()
+    out = torch.empty(x.numel(), 4)
+    with emulated_gpu():
+        kernel.kernel(source, "attempt")(1, 64, [x, out, ctypes.c_int(x.numel())])
+    bits = out.view(torch.int32)
+    assert torch.equal(bits[:, 0].to(torch.int16), x.half().view(torch.int16))
+    assert torch.equal(bits[:, 1].to(torch.int16), x.bfloat16().view(torch.int16))
+    e4m3 = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(bits[:, 2].to(torch.uint8), e4m3)
+    assert torch.equal(bits[:, 2] >> 8 & 0x7F, (e4m3 & 0x7F).int())
+    assert torch.equal(out[:, 3], x.half().float())
+
+
+def test_ptx_stands_in_headers_that_the_emulator_replaces() -> None:
+    package = nvrtc.INCLUDE.parents[1]
+    with_ptx = {path for path in package.rglob("*.cu*") if re.search(r"\basm\b", path.read_text())}
+    assert {path.parent for path in with_ptx} == {nvrtc.INCLUDE}
+    assert {path.name for path in with_ptx} == {path.name for path in build.TWINS.iterdir()}
