@@ -124,6 +124,7 @@ class Kernel:
         self._set(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.max_shared_bytes)
         if int(cubin.arch.removeprefix("sm_").rstrip("af")) >= 90:
             self._set(attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+        self._prefers_shared_memory = False
         self._function = int(self._handle)
         self._raw_stream, self._current_device = _torch_state()
         self._launch_kernel = _launch_kernel()
@@ -164,6 +165,17 @@ class Kernel:
     ) -> Launch:
         """Pack once, launch often. Options: shared_bytes, cluster, programmatic, cooperative (as Launch)."""
         return Launch(self, grid, block, args, **options)
+
+    def prefer_shared_memory(self) -> None:
+        """Run on SMs that give shared memory all they can, and L1 the rest.
+
+        An SM divides its memory anew only when it is empty: kernels of which one is to start beside the
+        other must ask for the same, whatever they need for themselves.
+        """
+        if not self._prefers_shared_memory:
+            attribute = _driver().CUfunction_attribute
+            self._set(attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+            self._prefers_shared_memory = True
 
     def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
         """How many blocks of this size one SM holds at a time."""

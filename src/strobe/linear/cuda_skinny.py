@@ -151,6 +151,7 @@ class Packed:
             norm_eps=projection.norm_eps,
         )
         kernel = jit.kernel(_SOURCE, "project", shape.defines(problem.dtype, problem.swiglu), device.index)
+        kernel.prefer_shared_memory()  # else there may be no room for the next kernel's blocks
         self._launch = kernel.prepare(
             blocks,
             shape.threads,

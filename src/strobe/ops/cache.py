@@ -21,8 +21,8 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 FUSES_NORMS = False
 """Whether the CUDA kernel norms the heads itself. torch does until that has been timed."""
 READS_EARLY = False
-"""Whether the CUDA kernel reads slots, cos and sin before the kernel just ahead of it has ended, which they
-were then complete before the start of. Not yet timed."""
+"""Whether the CUDA kernel starts beside the kernel just ahead of it and reads slots, cos and sin, which were
+complete when that one started, before it has ended. Not yet timed."""
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _SCALAR = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -206,6 +206,8 @@ def _launch_append(
     threads = tokens * (heads + kv_heads) * (head_dim // 16)
     if threads:
         kernel = jit.kernel(_SOURCE, "append", defines, k.get_device())
+        if READS_EARLY:
+            kernel.prefer_shared_memory()
         kernel(-(-threads // _THREADS), _THREADS, params, programmatic=_programmatic(k))
 
 

@@ -143,6 +143,9 @@ class Kernel:
     ) -> Launch:
         return Launch(self, grid, block, args, **options)
 
+    def prefer_shared_memory(self) -> None:
+        pass
+
     def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
         return max(1, min(2048 // threads, (self.max_shared_bytes + 1024) // (shared_bytes + 1024)))
 
