@@ -86,7 +86,7 @@ class CudaDraw:
 
     def _pack(self, sequence: Sequence) -> _Row:
         p = sequence.params
-        forbidden = (*self._stop_ids, *p.stop_token_ids) if p.min_tokens else ()
+        forbidden = dict.fromkeys((*self._stop_ids, *p.stop_token_ids) if p.min_tokens else ())
         biases = dict(p.biases)
         edits = [*biases.items(), *((token, 0.0) for token in forbidden if token < self._vocab)]
         row = sampling_cuda.greedy_row(sequence.seed, self._vocab)

@@ -1,7 +1,7 @@
 // Tokens from logits without a sort: a cluster of blocks draws a row, each holding a slice of it.
 //
 // A row is read once; what follows works on the slices, which shared memory holds. Filters are threshold searches: a histogram of 8 bits of
-// the float's own pattern narrows the threshold by a digit, so four rounds find it to the last bit, ties included.
+// the floats' own patterns narrows the threshold by a digit, so four rounds find it to the last bit, ties included.
 // The draw inverts the cumulative distribution in the order of the token ids.
 //
 // Probabilities are summed as integers (`mass`), and integer sums do not depend on their order: a row draws the
@@ -70,7 +70,7 @@ struct Shared {
   u64 bins[2][BINS];   // the block's histogram, which its cluster reads
   u64 board[2];        // the block's part of a reduction
   u64 warps[WARPS];
-  u64 below;
+  u64 below, upto;
   u32 digit;
 };
 
@@ -90,12 +90,12 @@ __device__ __forceinline__ u32 ordered(float x) {
   const u32 bits = __float_as_uint(x + 0.f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-// Of scaled logits, none above 0: the likelier, the smaller.
-__device__ __forceinline__ u32 key_of(float x) { return __float_as_uint(x) << 1; }
+// Keys for the threshold search: the likelier, the smaller. Of scaled logits, none above 0; of weights, 0 to 1.
+__device__ __forceinline__ u32 key_of_logit(float x) { return __float_as_uint(x) << 1; }
+__device__ __forceinline__ u32 key_of_weight(float w) { return (0x3f800000u - __float_as_uint(w)) << 2; }
 
-// exp(x) x 2^44 for x <= 0, rounded down; 0 of NaN.
-__device__ __forceinline__ u64 mass(float x) {
-  const float weight = expf(x);
+// A weight, 0 to 1, in units of 2^-44, rounded down; 0 of NaN.
+__device__ __forceinline__ u64 mass(float weight) {
   if (!(weight > 0.f)) return 0;
   const u32 bits = __float_as_uint(weight);
   const u64 digits = u64(bits & 0x7fffffu | 0x800000u) << (MASS_BITS - 23);
@@ -251,21 +251,27 @@ __device__ __forceinline__ float value_of(u64 candidate) {
 __device__ __forceinline__ void add(Shared& shared, int bin, u32 one) {
   atomicAdd(&shared.low[bin * COPIES + threadIdx.x % COPIES], one);
 }
-__device__ __forceinline__ void add(Shared& shared, int bin, u64 weight) {
+__device__ __forceinline__ void add(Shared& shared, int bin, u64 mass) {
+  if (!mass) return;
   const int at = bin * COPIES + threadIdx.x % COPIES;
-  const u32 low = u32(weight), before = atomicAdd(&shared.low[at], low);
-  const u32 high = u32(weight >> 32) + (before + low < before);
+  const u32 low = u32(mass), before = atomicAdd(&shared.low[at], low);
+  const u32 high = u32(mass >> 32) + (before + low < before);
   if (high) atomicAdd(&shared.high[at], high);
 }
 
-// The greatest key such that those below it weigh less than `target` together: the last one kept. `weigh` gives
-// u32 1 for a count, or a u64 mass. `below` is what those below it weigh.
-template <class Weigh>
-__device__ __forceinline__ u32 last_kept(const Slice& slice, Exchange& to, u64 target, u64& below, Weigh weigh) {
+struct Threshold {
+  u32 last;   // key kept
+  u64 upto;   // what those up to it weigh
+};
+
+// The greatest key such that those below it weigh less than `target` together: the last one that is needed to reach
+// it. `weigh` gives u32 1 for a count, or a u64 mass.
+template <class Key, class Weigh>
+__device__ __forceinline__ Threshold search(const Slice& slice, Exchange& to, u64 target, Key key_of, Weigh weigh) {
   Shared& shared = to.shared;
   u32 prefix = 0;
-  below = 0;
-  for (int shift = 32 - DIGIT; shift >= 0; shift -= DIGIT) {
+  u64 below = 0;
+  for (int shift = 32 - DIGIT;; shift -= DIGIT) {
     for (int i = threadIdx.x; i < BINS * COPIES; i += THREADS) shared.low[i] = shared.high[i] = 0;
     __syncthreads();
     each(slice, [&](float x, int) {
@@ -291,31 +297,36 @@ __device__ __forceinline__ u32 last_kept(const Slice& slice, Exchange& to, u64 t
     before += below - weight;
     for (int warp = 0; warp < threadIdx.x / 32; ++warp) before += shared.warps[warp];
     if (bin < BINS && before < target && (before + weight >= target || bin == BINS - 1))
-      shared.digit = bin, shared.below = before;
+      shared.digit = bin, shared.below = before, shared.upto = before + weight;
     __syncthreads();
     prefix = prefix << DIGIT | shared.digit, below = shared.below;
+    const u64 upto = shared.upto;
+    if (shift == 0 || upto == target)  // the digits that are left do not matter where the whole bin is needed
+      return {u32(((u64(prefix) + 1) << shift) - 1), upto};
   }
-  return prefix;
 }
 
-// The greatest key that the row's filters let through: its k likeliest, of those the fewest that reach top_p of
-// their mass, and of those none under min_p of the first. What ties with the last one kept is kept.
+// Turns scaled logits into weights, 0 where a filter leaves a token out: the k likeliest stay, and of those none under
+// min_p of the first. Returns the greatest key of a weight that top_p lets through: the fewest that reach it of the
+// k's mass. What ties with the last one kept is kept.
 __device__ __forceinline__ u32 filter(const Row& row, const Slice& slice, Exchange& to, int vocab) {
-  u32 limit = ANYTHING;
-  u64 below = 0;
-  if (row.top_k < vocab) limit = last_kept(slice, to, u64(row.top_k), below, [](float) { return 1u; });
-  if (row.top_p < 1.f) {
-    u64 sum = 0;
-    each(slice, [&](float x, int) {
-      if (key_of(x) < limit) sum += mass(x);
-    });
-    sum = cluster_reduce<Sum>(sum, to);
-    if (limit != ANYTHING)  // of those that tie at the k-th, as many as make k
-      sum += (u64(row.top_k) - below) * mass(-__uint_as_float(limit >> 1));
-    const u64 enough = max(u64(ceil(double(row.top_p) * double(sum))), u64(1));
-    limit = min(limit, last_kept(slice, to, enough, below, [](float x) { return mass(x); }));
-  }
-  return min(limit, key_of(row.log_min_p));
+  Threshold kth = {ANYTHING, u64(row.top_k)};
+  if (row.top_k < vocab) kth = search(slice, to, u64(row.top_k), key_of_logit, [](float) { return 1u; });
+  const u32 lowest = key_of_logit(row.log_min_p);
+  u64 sum = 0;
+  replace(slice, [&](float x) {
+    const u32 key = key_of_logit(x);
+    if (key > kth.last) return 0.f;
+    const float weight = expf(x);
+    sum += mass(weight);
+    return key <= lowest ? weight : 0.f;
+  });
+  __syncthreads();
+  if (row.top_p == 1.f) return ANYTHING;
+  const u64 surplus = kth.upto - u64(row.top_k);  // of those that tie at the k-th, as many do not count
+  sum = cluster_reduce<Sum>(sum, to) - surplus * mass(expf(-__uint_as_float(kth.last >> 1)));
+  const u64 enough = max(u64(ceil(double(row.top_p) * double(sum))), u64(1));
+  return search(slice, to, enough, key_of_weight, mass).last;
 }
 
 // --- one row --------------------------------------------------------------------------------------------------
@@ -343,28 +354,32 @@ __device__ __forceinline__ void stage(const Sample& p, const Row& row, const sca
     put(slice, i, y);
   });
   __syncthreads();
+  const auto edit = [&](int first, int count, auto f) {
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+      const Edit edit = p.edits[first + i];
+      if (edit.token < slice.begin || edit.token >= slice.end) continue;
+      float& value = slice.values[edit.token - slice.first];
+      value = f(value, edit.bias);
+    }
+    __syncthreads();
+  };
+  edit(row.edits, row.biases, [](float value, float bias) { return value + bias; });
   const int forbidden = row.position < row.min_tokens ? row.forbidden : 0;
-  for (int i = threadIdx.x; i < row.biases + forbidden; i += THREADS) {
-    const Edit edit = p.edits[row.edits + i];
-    if (edit.token < slice.begin || edit.token >= slice.end) continue;
-    float& value = slice.values[edit.token - slice.first];
-    value = i < row.biases ? value + edit.bias : NEG_INF;
-  }
-  __syncthreads();
+  edit(row.edits + row.biases, forbidden, [](float, float) { return NEG_INF; });
 }
 
-// The token whose stretch of the mass up to `limit` the row's number falls in: by the one thread that finds it, -1 by
-// the others. `fallback` where nothing has mass.
+// The token in whose stretch of the mass of weights up to key `limit` the row's number falls: by the one thread that
+// finds it, -1 by the others. `fallback` where nothing has mass.
 __device__ __forceinline__ int draw(const Row& row, const Slice& slice, Exchange& to, u32 limit, int fallback) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int stretch = ceil_div(slice.length, WARPS * 128) * 128;
   const int first = warp * stretch, end = min(first + stretch, slice.length);
-  const auto kept = [&](float x) { return key_of(x) <= limit ? mass(x) : 0; };
+  const auto kept = [&](float weight) { return key_of_weight(weight) <= limit ? mass(weight) : 0; };
 
   u64 sum = 0;
   for (int i = first + 4 * lane; i < end; i += 128) {
-    const float4 x = *reinterpret_cast<const float4*>(slice.values + i);
-    sum += kept(x.x) + kept(x.y) + kept(x.z) + kept(x.w);
+    const float4 w = *reinterpret_cast<const float4*>(slice.values + i);
+    sum += kept(w.x) + kept(w.y) + kept(w.z) + kept(w.w);
   }
   const u64 block = block_reduce<Sum>(sum, to.shared);
   const u64 blocks = warp_inclusive_sum(exchange<Sum>(block, to));
@@ -378,11 +393,11 @@ __device__ __forceinline__ int draw(const Row& row, const Slice& slice, Exchange
   if (wanted < before || wanted >= before + to.shared.warps[warp]) return -1;
 
   for (int i = first + 4 * lane;; i += 128) {
-    float x[4];
+    float weights[4];
     u64 masses[4], mine = 0;
-    if (i < end) load_floats(slice.values + i, x);
+    if (i < end) load_floats(slice.values + i, weights);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) mine += masses[e] = i < end ? kept(x[e]) : 0;
+    for (int e = 0; e < 4; ++e) mine += masses[e] = i < end ? kept(weights[e]) : 0;
     const u64 upto = before + warp_inclusive_sum(mine);
     if (__any_sync(~0u, wanted < upto)) {
       const bool here = wanted >= upto - mine && wanted < upto;
@@ -405,7 +420,6 @@ __device__ __forceinline__ int sample_row(const Sample& p, const Row& row, const
 
   const float highest = value_of(best);
   replace(slice, [&](float x) { return (x - highest) / row.temperature; });
-  __syncthreads();
   return draw(row, slice, to, filter(row, slice, to, p.vocab), token_of(best));
 }
 
@@ -462,7 +476,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) score(const __grid_cons
     const float highest = value_of(likeliest(slice, to));
     u64 sum = 0;
     replace(slice, [&](float x) {
-      sum += mass(x - highest);
+      sum += mass(expf(x - highest));
       return x - highest;
     });
     sum = cluster_reduce<Sum>(sum, to);
@@ -475,7 +489,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) score(const __grid_cons
     for (int n = 0; n < p.top; ++n) {
       u64 least = Least::NONE;
       each(slice, [&](float x, int token) {
-        const u64 found = u64(key_of(x)) << 32 | u32(token);
+        const u64 found = u64(key_of_logit(x)) << 32 | u32(token);
         if (token >= slice.begin && token < slice.end && (n == 0 || found > last)) least = Least::of(least, found);
       });
       last = cluster_reduce<Least>(least, to);

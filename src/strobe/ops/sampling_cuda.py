@@ -82,7 +82,7 @@ class Table:
 
     def load(self, rows: np.ndarray, edits: np.ndarray) -> None:
         """Send `rows` of ROW and their `edits` of EDIT: from a row's `edits` on its biases, then its
-        forbidden tokens."""
+        forbidden tokens, no token twice in either."""
         packed = np.concatenate((rows.view(np.uint8), edits.view(np.uint8)))
         if len(packed) > self._buffer.shape[0]:
             self._buffer = self._buffer.new_empty(2 * len(packed))
