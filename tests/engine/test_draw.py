@@ -135,7 +135,7 @@ def test_an_engine_writes_the_same_by_both_ways(checkpoint) -> None:
         {"logprobs": 3, "temperature": 0.8},
         {"temperature": 0, "prompt_logprobs": 2},
         {"n": 2, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
-        {"min_tokens": 9, "logprobs": 0, "logit_bias": {257: 20.0}, "top_p": 0.9},
+        {"min_tokens": 6, "logprobs": 0, "logit_bias": {257: 20.0}, "top_p": 0.9},
         {"presence_penalty": -0.4, "top_k": 12},
     ]
     texts = []
