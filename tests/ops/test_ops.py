@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strobe.errors import KernelRefusedError, UnknownNameError
 from strobe.models.config import Rope
 from strobe.ops import activation, cache, norm, rope
 
@@ -68,6 +69,16 @@ def test_gelu_tanh(shape, seed, dtype):
     expected = activation.gelu_tanh_reference(x)
     limit = 4 * torch.finfo(dtype).eps * x.double().abs().max()
     assert (activation.gelu_tanh(x).double() - expected.double()).abs().max() <= limit
+
+
+@pytest.mark.parametrize("call", [lambda x, **k: norm.rms_norm(x, x[0], 1e-5, **k), activation.swiglu])
+def test_a_kernel_asked_for_by_name_does_not_fall_back(call):
+    x = torch.ones(2, 64)
+    assert torch.equal(call(x, kernel="torch"), call(x))
+    with pytest.raises(KernelRefusedError, match="tensors on cpu; needs an NVIDIA GPU"):
+        call(x, kernel="cuda")
+    with pytest.raises(UnknownNameError, match="known: auto, torch, cuda"):
+        call(x, kernel="cudo")
 
 
 def test_references_agree_with_torch():

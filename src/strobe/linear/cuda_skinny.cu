@@ -5,13 +5,13 @@
 //   1. share    the outputs are dealt to one block an SM, evenly to a row: no tail
 //   2. fetch    two warps keep `stages` tiles of 16 rows x CHUNK columns on their way into a ring, a third the same
 //               columns of x. Weights depend on nothing: they are asked for before the kernel ahead has ended
-//   3. multiply a tile is mma.sync's A operand, the tokens are its 8 columns. A CUDA core would take 8 T + 9 issue
-//               slots for 16 bytes a lane at T tokens; the tensor core takes 2, for 1 token or 8. At 4.5 TB/s a
-//               scheduler has 26 to 29 cycles for each 2 KiB of weights of its SM, that is 4 such loads
+//   3. multiply a tile is mma.sync's A operand, the tokens are its 8 columns. At 4.53 TB/s an SM gets 16 bytes for each
+//               lane of a warp in 26 cycles, 104 issue slots: CUDA cores would take 8 T + 9 of them at T tokens, 73 for
+//               8 of them; tensor cores take 8 for any number
 //   4. finish   the warps, each with its columns, add up; bias, SwiGLU, residual
 //
-// Within 32 columns lane pair q takes columns 8q .. 8q + 7, of both operands: a product does not mind in which order
-// its terms are added, and 16 bytes are one load. PAD bytes behind each row of a tile keep such loads apart in the banks.
+// Of 32 columns a lane takes the eight from lane % 4 * 8 on, of both operands: a product does not mind in which order its
+// terms are added, and 16 bytes are one load. PAD bytes behind each row of a tile keep such loads apart in the banks.
 //
 // Defines: scalar_t, SWIGLU, CHUNK (columns of a stage), WARPS (that multiply), FETCHERS (warps that fetch weights),
 // TILES (of one pass over x), PAD.
@@ -97,7 +97,7 @@ struct Walk {
 };
 
 // FETCHERS warps: the weights' tiles into their ring, a lane a row. Reads nothing that another kernel writes. A copy
-// takes its addresses in uniform registers, lane after lane: some 35 cycles each, where the memory allows 53 for 1 KiB.
+// takes its addresses in uniform registers, lane after lane, ten instructions each; memory leaves 53 cycles for 1 KiB.
 __device__ __forceinline__ void fetch_weights(const Params& p, Shared& shared, u8* ring, int fetcher) {
   const int lane = threadIdx.x % 32, row = fetcher * (ROWS / FETCHERS) + lane, unit = row % UNITS;
   const i64 half = row / UNITS * (p.outputs / 2);  // up's rows stand behind all of the gates'
