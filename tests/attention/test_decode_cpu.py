@@ -109,3 +109,10 @@ def test_every_accepted_problem_has_a_shape_that_fits(
         assert tiles.keys % tiles.run == 0
         assert tiles.stages >= 1
     assert cluster == cuda_cluster.choose_shape(replace(described, batch=batch + 7))
+
+
+@pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda r: r.__name__)
+def test_only_what_is_settled_is_read_early(rung: Any) -> None:
+    settled = problem(layout=Paged(None, None, settled=True))
+    assert rung.choose_shape(settled).early == paged.READS
+    assert rung.choose_shape(problem()).early == paged.NOTHING

@@ -54,8 +54,8 @@ class Tiles:
 
     A tile is `keys` keys of one key head; a block reads `heads` key heads side by side for
     `column_tiles` * 8 query rows of each, and each of its warps holds `stages` tiles of K and V.
-    `read_once` lets the L2 cache give tiles up first. `early` is NOTHING, HINTS or READS; READS promises
-    that the kernel ahead writes no more than q and the cache's keys and values of this call's queries.
+    `read_once` lets the L2 cache give tiles up first. `early` is NOTHING, HINTS or READS, which
+    a layout that is `settled` allows.
     """
 
     head_dim: int
@@ -139,6 +139,7 @@ def tiles(problem: AttentionProblem) -> Tiles:
         problem.softcap > 0,
         problem.sinks is not None,
         column_tiles=1 if rows <= 8 or problem.head_dim > 192 else 2,
+        early=READS if cast(Paged, problem.layout).settled else NOTHING,
     )
 
 

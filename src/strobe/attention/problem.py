@@ -64,10 +64,14 @@ class Paged:
 
     `page_table` int32 `[batch, max_pages]`; `seq_lens` int32 `[batch]` counts a row's keys, those of
     this call's queries included. q is `[batch, q_len, q_heads, head_dim]`, or with `cu_seqlens_q`
-    (int32 `[batch + 1]`) packed `[tokens, q_heads, head_dim]`. Page numbers past a row's length are
-    never read.
+    (int32 `[batch + 1]`) packed `[tokens, q_heads, head_dim]`. Page numbers past a row's length may be
+    anything.
 
     A float8 cache holds `key / k_scale` and `value / v_scale`: float32 `[kv_heads]`, both or neither.
+
+    `settled` promises that the kernel just ahead in the stream writes none of `page_table`, `seq_lens`,
+    `cu_seqlens_q` and the keys and values older than this call's queries: they may be read before it has
+    ended.
 
     `scratch` belongs to the rungs: what one derives from the layout (host lengths, gather indices,
     split plans) is kept here under the rung's name, so that all layers of a forward pass share it.
@@ -80,6 +84,7 @@ class Paged:
     max_kv_len: int | None = None
     k_scale: Any = None
     v_scale: Any = None
+    settled: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property

@@ -19,9 +19,12 @@ from strobe.device import gpu
 
 IDEA = "Triton: a key head's whole group of queries on tensor cores, keys split over programs, then a merge"
 
-_TILE = 64
-"""Keys at a time."""
-_PROGRAMS_PER_SM = 4
+_TILE_ELEMENTS = 8192
+"""Of a tile of keys: 64 keys at head_dim 128, 16 KiB."""
+_STAGES = 5
+"""Of the pipeline. Page numbers take some: this many leave two tiles of K and of V, with 3 or 4 only one."""
+_PROGRAMS_PER_SM = 3
+"""As many as fit: 72 KiB of shared memory each."""
 _SPLITS_MAX = 128
 
 
@@ -63,7 +66,8 @@ def run(
         GROUP=problem.group,
         ROWS=max(16, 1 << (problem.group - 1).bit_length()),
         PAGE_SIZE=problem.page_size,
-        TILE=_TILE,
+        TILE=_tile(problem),
+        num_stages=_STAGES,
     )
     merge[(problem.q_heads, problem.batch)](
         *(o, m, total, out, out if lse is None else lse, out.stride(0), out.stride(2), splits),
@@ -76,7 +80,12 @@ def run(
 def _splits(problem: AttentionProblem, programs: int) -> int:
     """Ways to split the keys so that key heads and rows become `programs`, a tile each at least."""
     wanted = -(-programs // (problem.batch * problem.kv_heads))
-    return max(1, min(wanted, -(-problem.kv_len // _TILE), _SPLITS_MAX))
+    return max(1, min(wanted, -(-problem.kv_len // _tile(problem)), _SPLITS_MAX))
+
+
+def _tile(problem: AttentionProblem) -> int:
+    """Keys at a time."""
+    return _TILE_ELEMENTS // problem.head_dim
 
 
 @cache
