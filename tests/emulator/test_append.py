@@ -6,11 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cuda_emulator import emulated_gpu, missing
+from cuda_emulator import emulated_gpu
 
 from strobe.ops import cache, rope
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])

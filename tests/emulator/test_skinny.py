@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_emulator import emulated_gpu, missing
+from cuda_emulator import emulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strobe.linear import Projection, cuda_skinny
 from strobe.linear.problem import LinearProblem
 from strobe.ops import activation, norm
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -83,27 +81,15 @@ def test_equals_the_formula(tokens, inputs, columns, around, dtype, sm_count, se
 @pytest.mark.parametrize(
     "shape",
     [
-        cuda_skinny.Shape(chunk=256, pad=0, ahead=3, trigger=0),
+        cuda_skinny.Shape(chunk=256, tiles=8, pad=0, ahead=3, trigger=0, blocks=2),
         cuda_skinny.Shape(chunk=1024, warps=8, fetchers=1, trigger=10**6),
-        cuda_skinny.Shape(tiles=8, blocks=2, ahead=100),
     ],
     ids=str,
 )
-def test_other_shapes_of_the_kernel(shape: cuda_skinny.Shape) -> None:
-    around = (True, True, shape.warps == 4, True)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_other_shapes_of_the_kernel(shape: cuda_skinny.Shape, swiglu: bool) -> None:
+    around = (True, True, swiglu, not swiglu)
     assert_right(5, (2312, 150), around, torch.bfloat16, shape, sm_count=1)
-
-
-def test_an_infinite_weight_stays_in_its_output() -> None:
-    """Columns past the end of a row are not multiplied by what an earlier tile left there."""
-    torch.manual_seed(0)
-    weight = torch.randn(100, 1032).bfloat16()
-    weight[5] = float("inf")
-    x, out = torch.randn(1, 1032).bfloat16(), torch.full((1, 100), float("nan")).bfloat16()
-    with emulated_gpu(sm_count=1):
-        problem = LinearProblem(1, 1032, 100, "bfloat16", device="cuda", arch=90)
-        cuda_skinny.run(problem, x, Projection(weight), out)
-    assert [i for i in range(100) if not out[0, i].isfinite()] == [5]
 
 
 def test_a_call_uses_its_own_addresses() -> None:
@@ -123,8 +109,9 @@ def test_a_call_uses_its_own_addresses() -> None:
     assert len(projection.scratch) == 1
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-@pytest.mark.parametrize("columns", [8, 1000, 4096])
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(1000, torch.bfloat16), (8, torch.float16), (4096, torch.float32)]
+)
 def test_norm_and_swiglu(columns: int, dtype: torch.dtype) -> None:
     torch.manual_seed(columns)
     x, weight = (3 * torch.randn(3, columns)).to(dtype), torch.randn(columns).to(dtype)
