@@ -1,4 +1,4 @@
-"""What is the Hopper rung's own: its tilings, its tile counter, rows that share tiles with others' keys."""
+"""What is the Hopper rung's own: its tiles, its tile counter, rows that share tiles with others' keys."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from strobe.attention.api import empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import Verdict, verdict
 from strobe.attention.prefill import cuda_hopper
-from strobe.attention.prefill.cuda_hopper import TILINGS, Tiling
+from strobe.attention.prefill.cuda_hopper import TILES, Tile
 from strobe.cuda import jit
 
 pytestmark = pytest.mark.gpu
 
-THREE = Tiling(consumers=3, keys=128, q_stages=2)
+THREE = Tile(consumers=3)
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +28,19 @@ def _on_hopper() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_side_by_side() -> None:
     problems = [
-        (replace(case, head_dim=head_dim).inputs(torch.bfloat16).problem, tiling)
+        (replace(case, head_dim=head_dim).inputs(torch.bfloat16).problem, tile)
         for case in LONG
-        for head_dim, tiling in (*TILINGS.items(), (64, THREE))
+        for head_dim, tile in (*TILES.items(), (64, THREE))
     ]
     sources = [jit.Source(cuda_hopper._SOURCE, cuda_hopper.defines(*each)) for each in problems]
     jit.warm(sources, "sm_90a")
 
 
-def judge(inputs: Inputs, tiling: Tiling | None = None) -> Verdict:
+def judge(inputs: Inputs, tile: Tile | None = None) -> Verdict:
     problem = inputs.problem
     out = torch.full_like(inputs.q, float("nan"), memory_format=torch.contiguous_format)
     lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-    cuda_hopper.run(problem, inputs.q, inputs.k, inputs.v, out, lse, tiling)
+    cuda_hopper.run(problem, inputs.q, inputs.k, inputs.v, out, lse, tile)
     return verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
 
 
@@ -194,4 +194,4 @@ def test_expanded_inputs() -> None:
 
 def test_every_tiling_fits_shared_memory() -> None:
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-    assert all(tiling.shared_bytes(head_dim) <= limit for head_dim, tiling in TILINGS.items())
+    assert all(tile.shared_bytes(head_dim) <= limit for head_dim, tile in TILES.items())

@@ -12,9 +12,17 @@
 // hints, a third stage.
 //
 // Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
-// (window limits), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not paged).
+// (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
+// paged). And three that change how, not what:
+//
+//   EARLY       start while the kernel ahead ends (programmatic dependent launch)
+//   PAIR        two blocks of a cluster take neighbouring tiles of queries and load each key tile once for both
+//   BULK_STORE  results leave through shared memory and the copy engine
 #include "barrier.cuh"
+#include "cluster.cuh"
+#include "grid_dependency.cuh"
 #include "mask.cuh"
+#include "mma.cuh"
 #include "tile_order.cuh"
 #include "tma.cuh"
 #include "types.cuh"
@@ -32,9 +40,15 @@ constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
 constexpr u32 KV_BYTES = K_TILE * HEAD_DIM * 2, KV_PANEL_BYTES = K_TILE * PANEL * 2;
 constexpr bool PAGED = PAGE_SIZE > 0;
 constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : PAIR ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : PAIR ? 224 : 232;
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
+constexpr int BLOCKS = PAIR ? 2 : 1;     // that share keys and values
+
+static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");
+static_assert(!PAIR || (!HAS_LEFT && !KEYLESS && !FOREIGN_ROWS), "both blocks' key tiles begin at 0");
+
+struct Work;
 
 struct Params {
   scalar_t* out;
@@ -49,10 +63,23 @@ struct Params {
   int zero;
   float scale_log2;     // from scores, or their tanh where there is a softcap, to exponents of 2
   float softcap_scale;  // scale / softcap
+
+  __device__ __forceinline__ scalar_t* out_row(const Work& work, int token) const;
+  __device__ __forceinline__ void store_lse(const Work& work, int token, float value) const;
+};
+
+// PAIR: where the key tiles of the other block's work end.
+template <bool>
+struct Partner {
+  static constexpr int other_end = 0;
+};
+template <>
+struct Partner<true> {
+  int other_end;
 };
 
 // A tile of queries of one head and the keys that it sees. head -1: there are no more.
-struct Work {
+struct Work : Partner<PAIR> {
   int batch, head, q_first;
   int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
   KeyTiles keys;
@@ -63,6 +90,21 @@ struct Work {
   }
 };
 
+// PAIR: a number that block 0 of a cluster tells block 1.
+struct Letter {
+  int value;
+  Barrier full, empty;  // block 1's, block 0's
+};
+
+__device__ __forceinline__ scalar_t* Params::out_row(const Work& work, int token) const {
+  const i64 batch = PACKED_Q ? 0 : work.batch * out_batch_stride;
+  return out + batch + (work.q_start + token) * out_row_stride + work.head * out_head_stride;
+}
+__device__ __forceinline__ void Params::store_lse(const Work& work, int token, float value) const {
+  const i64 batch = PACKED_Q ? 0 : work.batch * lse_batch_stride;
+  if (lse && token < work.q_len) lse[batch + work.head * lse_head_stride + work.q_start + token] = value;
+}
+
 struct Shared {
   scalar_t q[Q_STAGES][CONSUMERS][ROWS * HEAD_DIM];
   scalar_t k[STAGES][K_TILE * HEAD_DIM];
@@ -71,15 +113,17 @@ struct Shared {
   Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   Barrier work_full[WORKS], work_empty[WORKS];
   Work work[WORKS];
+  Letter drawn;
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < Q_STAGES; ++i)
-      for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(4);
+      for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(BULK_STORE ? 1 : 4);
     for (int i = 0; i < STAGES; ++i) {
-      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
-      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
+      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS * BLOCKS);
+      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS * BLOCKS);
     }
     for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
+    if (PAIR) drawn.full.init(1), drawn.empty.init(1);
     fence_barrier_init();
   }
 };
@@ -99,13 +143,18 @@ struct Producer {
 
   struct KeyRows {
     int kv_head, batch, start, len;
+    int end, shared_end;  // PAIR: tiles below are loaded for this block, for both
   };
   KeyRows due_rows;
   int due_tile = -1;  // of the values that are still to be loaded
 
+  const u32 rank = PAIR ? cluster_rank() : 0;
+  u32 turn = 0;  // PAIR: of who takes the tile that sees more; and the parity of letters
+
   __device__ __forceinline__ Work work_at(int index) const {
-    const auto [head, q_tile] = p.order.at(index);
-    Work work = {head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
+    auto [head, q_tile] = p.order.at(index);
+    if (PAIR) q_tile = 2 * q_tile + (rank ^ turn);
+    Work work = {{}, head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
     if (PACKED_Q) {
       work.q_start = p.cu_seqlens_q[work.batch];
       work.q_len = p.cu_seqlens_q[work.batch + 1] - work.q_start;
@@ -117,8 +166,22 @@ struct Producer {
     if (PAGED) work.kv_len = p.seq_lens[work.batch];
     const int q_end = min(work.q_first + Q_TILE, work.q_len);
     work.keys = KeyTiles::of<K_TILE>(work.mask(p), work.q_first, q_end - 1);
-    if (work.q_first >= q_end) work.keys.end = work.keys.begin;
+    if (PAIR) join(work, (q_tile ^ 1) * Q_TILE);
+    else if (KEYLESS && work.q_first >= q_end) work.keys.end = work.keys.begin;
     return work;
+  }
+
+  // PAIR: what the other block's tile, from query `other_first` on, needs. Where the last tile has no partner, one past
+  // the last query goes along with it and stores nothing.
+  template <typename W>
+  __device__ __forceinline__ void join(W& work, int other_first) const {
+    if constexpr (PAIR) {
+      if (work.q_first >= work.q_len) work.keys = keys_from(work, other_first);
+      work.other_end = other_first < work.q_len ? keys_from(work, other_first).end : work.keys.end;
+    }
+  }
+  __device__ __forceinline__ KeyTiles keys_from(const Work& work, int q_first) const {
+    return KeyTiles::of<K_TILE>(work.mask(p), q_first, min(q_first + Q_TILE, work.q_len) - 1);
   }
 
   __device__ __forceinline__ void publish(const Work& work) {
@@ -128,6 +191,17 @@ struct Producer {
       s.work_full[work_ring.stage].arrive();
     }
     work_ring.advance();
+  }
+
+  // What queries that see no key get. Consumers hear of works with keys alone: they hold one until they have the next.
+  __device__ __forceinline__ void store_nothing(const Work& work) {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const int rows = min(Q_TILE, work.q_len - work.q_first);
+    for (int i = lane; i < rows * CHUNKS; i += 32) {
+      scalar_t* const row = p.out_row(work, work.q_first + i / CHUNKS);
+      reinterpret_cast<uint4*>(row)[i % CHUNKS] = make_uint4(0, 0, 0, 0);
+    }
+    for (int i = lane; i < rows; i += 32) p.store_lse(work, work.q_first + i, SINKS ? p.sinks[work.head] : NEG_INF);
   }
 
   __device__ __forceinline__ void load_q(const Work& work, int c) {
@@ -140,15 +214,20 @@ struct Producer {
     }
   }
 
+  __device__ __forceinline__ void wait_for_place(const Barrier& empty, u32 parity) {
+    if (PAIR) empty.wait_for_cluster(parity ^ 1);
+    else empty.wait(parity ^ 1);
+  }
+
   __device__ __forceinline__ void load_k(const KeyRows& rows, int n) {
-    s.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
+    wait_for_place(s.k_empty[k_ring.stage], k_ring.parity);
     load_keys(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n);
     k_ring.advance();
   }
 
   __device__ __forceinline__ void load_due_v() {
     if (due_tile < 0) return;
-    s.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+    wait_for_place(s.v_empty[v_ring.stage], v_ring.parity);
     load_keys(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile);
     v_ring.advance();
   }
@@ -156,7 +235,9 @@ struct Producer {
   // Key tile n: in one copy, or page by page, a lane each. Pages past the row's length are not touched.
   __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
                                             int n) {
-    if constexpr (!PAGED) {
+    if constexpr (PAIR) {
+      if (lane == 0) load_half_each(tile, map, full, rows, n);
+    } else if constexpr (!PAGED) {
       if (lane == 0) {
         full.arrive_expecting(KV_BYTES);
         tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
@@ -179,20 +260,63 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ int draw() { return lane == 0 ? atomicAdd(p.next_tile, 1) : 0; }
+  // PAIR: each block loads half of a tile that both need, into both; what one needs alone it loads alone, and the other
+  // passes over its place, so that both stay at the same stage.
+  __device__ __forceinline__ void load_half_each(scalar_t* tile, const TensorMap& map, Barrier& full,
+                                                 const KeyRows& rows, int n) {
+    if (n >= rows.end) return full.arrive();
+    full.arrive_expecting(KV_BYTES);
+    constexpr int HALF = K_TILE / 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (n < rows.shared_end && half != int(rank)) continue;
+#pragma unroll
+      for (int panel = 0; panel < PANELS; ++panel) {
+        scalar_t* const place = tile + (panel * K_TILE + half * HALF) * PANEL;
+        const int row = n * K_TILE + half * HALF;
+        if (n < rows.shared_end) tma_load_both(place, map, full, 0, row, panel, rows.kv_head, rows.batch);
+        else tma_load(place, map, full, 0, row, panel, rows.kv_head, rows.batch);
+      }
+    }
+  }
+
+  __device__ __forceinline__ int draw() { return lane == 0 && rank == 0 ? atomicAdd(p.next_tile, 1) : 0; }
+
+  // What the block, or block 0 of a pair, drew.
+  __device__ __forceinline__ int told(int drawn) {
+    drawn = __shfl_sync(~0u, drawn, 0);
+    if constexpr (PAIR) {
+      if (rank == 0) {
+        s.drawn.empty.wait(turn ^ 1);
+        if (lane == 0) {
+          store_remote(&s.drawn.value, drawn, 1);
+          s.drawn.full.arrive_at(1);
+        }
+      } else {
+        s.drawn.full.wait_for_cluster(turn);
+        drawn = *const_cast<volatile int*>(&s.drawn.value);
+        __syncwarp();
+        if (lane == 0) s.drawn.empty.arrive_at(0);
+      }
+      turn ^= 1;
+    }
+    return drawn;
+  }
 
   __device__ __forceinline__ void run() {
-    int index = blockIdx.x;
+    int index = blockIdx.x / BLOCKS;
     while (index < p.order.count()) {
       const Work work = work_at(index);
-      publish(work);
-      const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
-      const int last = work.keys.end - 1;
+      if (!KEYLESS || work.sees_keys()) publish(work);
+      else store_nothing(work);
+      const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len,
+                            work.keys.end, min(work.keys.end, work.other_end)};
+      const int last = max(work.keys.end, work.other_end) - 1;
       // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold
       // back a tile of the head that is in L2 now.
       const int draw_at = min(work.keys.begin + 2, last);
       int drawn;
-      if (!work.sees_keys()) drawn = draw();
+      if (KEYLESS && !work.sees_keys()) drawn = draw();
       for (int n = last; n >= work.keys.begin; --n) {
         if (n == last) load_q(work, 0);
         load_k(rows, n);
@@ -205,9 +329,9 @@ struct Producer {
         load_due_v();
         due_tile = n, due_rows = rows;
       }
-      drawn = __shfl_sync(~0u, drawn, 0);
-      index = gridDim.x + drawn;
-      if (lane == 0 && drawn == p.order.count() - 1) atomicExch(p.next_tile, 0);  // every tile has drawn
+      drawn = told(drawn);
+      index = gridDim.x / BLOCKS + drawn;
+      if (lane == 0 && rank == 0 && drawn == p.order.count() - 1) atomicExch(p.next_tile, 0);  // every tile has drawn
     }
     load_due_v();
     Work none;
@@ -305,7 +429,29 @@ __device__ __forceinline__ constexpr u32 k_major_step(int k, u32 panel_bytes) {
   return k * 16 / PANEL * panel_bytes + k * 16 % PANEL * 2;
 }
 
-struct Consumer {
+// BULK_STORE: a consumer's results on their way out.
+template <bool>
+struct Results {
+  static constexpr int q_stage = -1;
+  __device__ __forceinline__ Results(const TensorMap&) {}
+  __device__ __forceinline__ void leave(const scalar_t*, int, int, int, int) {}
+};
+template <>
+struct Results<true> {
+  const TensorMap& map;
+  int q_stage = -1;  // whose place in shared memory they take; -1: none have yet
+
+  __device__ __forceinline__ Results(const TensorMap& map) : map(map) {}
+  __device__ __forceinline__ void leave(const scalar_t* tile, int stage, int row, int head, int batch) {
+    q_stage = stage;
+    if (threadIdx.x % 128 == 0) {
+      tma_store(map, tile, 0, row, 0, head, batch);
+      bulk_commit();
+    }
+  }
+};
+
+struct Consumer : Results<BULK_STORE> {
   const Params& p;
   Shared& s;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
@@ -335,25 +481,20 @@ struct Consumer {
       work = coming;
     }
     finish(*work, softmax);
+    if (BULK_STORE && threadIdx.x % 128 == 0) bulk_wait_read();
   }
 
-  // The next work with keys to see; null after the last.
+  // Null after the last.
   __device__ __forceinline__ const Work* next_work() {
-    while (true) {
-      const int slot = work_ring.stage;
-      s.work_full[slot].wait(work_ring.parity);
-      work_ring.advance();
-      const Work& work = s.work[slot];
-      if (work.head < 0) return nullptr;
-      if (work.sees_keys()) return &work;
-      store_nothing(work);
-      __syncwarp();
-      release(s.work_empty[slot]);
-    }
+    const Work& work = s.work[work_ring.stage];
+    s.work_full[work_ring.stage].wait(work_ring.parity);
+    work_ring.advance();
+    return work.head < 0 ? nullptr : &work;
   }
 
   // A work's first weights, with no output yet.
   __device__ __forceinline__ void begin(const Work& work, Softmax& softmax) {
+    pass_over(work, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     s.k_full[k_ring.stage].wait(k_ring.parity);
     pin(scores);
@@ -361,6 +502,7 @@ struct Consumer {
     wgmma_wait<0>();
     scores_done();
     first_weights(work, softmax);
+    pass_over(work, s.v_full, s.v_empty, v_ring);
     clear_out();
     take_weights();
     v_rows = work.kv_len - (work.keys.end - 1) * K_TILE;
@@ -394,10 +536,13 @@ struct Consumer {
       for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
     }
     take_weights();
+    if (BULK_STORE && n == work.keys.end - 2) free_q();
   }
 
   // The next work's first scores, and under them the last output of this one.
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
+    if (BULK_STORE && work.keys.begin == work.keys.end - 1) free_q();
+    pass_over(coming, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     take_turn();
     if constexpr (!OVERLAP) store(work, softmax);
@@ -407,6 +552,7 @@ struct Consumer {
       wait_for_out();
       store(work, softmax);
     }
+    pass_over(coming, s.v_full, s.v_empty, v_ring);
     clear_out();
     take_weights();
     v_rows = coming.kv_len - (coming.keys.end - 1) * K_TILE;
@@ -418,6 +564,7 @@ struct Consumer {
     issue_out();
     wgmma_wait<0>();
     out_done();
+    if (BULK_STORE) named_sync<128>(1 + CONSUMERS + group);  // all warps are done with q
     store(work, softmax);
   }
 
@@ -480,12 +627,12 @@ struct Consumer {
 
   __device__ __forceinline__ void scores_done() {
     pin(scores);
-    release(s.k_empty[k_ring.stage]);
+    release_keys(s.k_empty[k_ring.stage]);
     k_ring.advance();
   }
   __device__ __forceinline__ void out_done() {
     pin(out);
-    release(s.v_empty[v_ring.stage]);
+    release_keys(s.v_empty[v_ring.stage]);
     v_ring.advance();
   }
   __device__ __forceinline__ void wait_for_out() {
@@ -499,11 +646,31 @@ struct Consumer {
     for (int i = 0; i < HEAD_DIM / 2; ++i) out[i] = 0.f;
   }
   __device__ __forceinline__ void leave_q() {
-    release(s.q_empty[q_ring.stage][group]);
+    if (!BULK_STORE) release(s.q_empty[q_ring.stage][group]);
     q_ring.advance();
   }
   __device__ __forceinline__ void release(Barrier& empty) {
     if (lane() == 0) empty.arrive();
+  }
+  // Keys and values: the other block writes here too.
+  __device__ __forceinline__ void release_keys(Barrier& empty) {
+    if constexpr (PAIR) {
+      if (lane() < BLOCKS) empty.arrive_at(lane());
+    } else {
+      release(empty);
+    }
+  }
+  // PAIR: the places of key tiles that the other block's work sees alone.
+  __device__ __forceinline__ void pass_over(const Work& work, Barrier (&full)[STAGES], Barrier (&empty)[STAGES],
+                                            Ring<STAGES>& ring) {
+    if constexpr (PAIR) {
+      for (int n = work.keys.end; n < work.other_end; ++n) {
+        full[ring.stage].wait(ring.parity);
+        __syncwarp();
+        release_keys(empty[ring.stage]);
+        ring.advance();
+      }
+    }
   }
 
   // --- scores to weights
@@ -561,13 +728,14 @@ struct Consumer {
 
   // out / sum and lse. Quads trade their pairs of columns, so that a thread stores 16 bytes.
   __device__ __forceinline__ void store(const Work& work, Softmax& softmax) {
+    if constexpr (BULK_STORE) return store_in_bulk(work, softmax);
     const float sink_log2 = SINKS ? p.sinks[work.head] * LOG2E : NEG_INF;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = token_of(work, half);
       float inverse, lse;
       softmax.finish(half, sink_log2, inverse, lse);
-      scalar_t* row = out_row(work, token);
+      scalar_t* row = p.out_row(work, token);
 #pragma unroll
       for (int j = 0; j < HEAD_DIM / 8; j += 4) {
         u32 c[4];
@@ -578,31 +746,45 @@ struct Consumer {
         if (token < work.q_len)
           *reinterpret_cast<uint4*>(row + 8 * (j + lane() % 4)) = make_uint4(c[0], c[1], c[2], c[3]);
       }
-      store_lse(work, token, lse);
+      if (lane() % 4 == 0) p.store_lse(work, token, lse);
     }
   }
 
-  // What queries that see no key get.
-  __device__ __forceinline__ void store_nothing(const Work& work) {
+  // The same by way of shared memory, where this work's q was: no consumer reads that any more, and the copy engine
+  // keeps to the tensor's rows.
+  __device__ __forceinline__ void store_in_bulk(const Work& work, Softmax& softmax) {
+    const float sink_log2 = SINKS ? p.sinks[work.head] * LOG2E : NEG_INF;
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int token = token_of(work, half);
-      scalar_t* row = out_row(work, token);
-      if (token < work.q_len)
-        for (int j = lane() % 4; j < HEAD_DIM / 8; j += 4)
-          *reinterpret_cast<uint4*>(row + 8 * j) = make_uint4(0, 0, 0, 0);
-      store_lse(work, token, SINKS ? p.sinks[work.head] : NEG_INF);
+      float lse;
+      softmax.finish(half, sink_log2, inverse[half], lse);
+      if (lane() % 4 == 0) p.store_lse(work, token_of(work, half), lse);
     }
+    const int stage = (q_ring.stage + Q_STAGES - 1) % Q_STAGES;
+    scalar_t* const tile = s.q[stage][group];
+    const int row = threadIdx.x % 128 / 32 * 16 + lane() % 16;
+#pragma unroll
+    for (int j = 0; j < HEAD_DIM / 8; j += 2) {
+      const u32 c[4] = {pack<scalar_t>(out[4 * j] * inverse[0], out[4 * j + 1] * inverse[0]),
+                        pack<scalar_t>(out[4 * j + 2] * inverse[1], out[4 * j + 3] * inverse[1]),
+                        pack<scalar_t>(out[4 * j + 4] * inverse[0], out[4 * j + 5] * inverse[0]),
+                        pack<scalar_t>(out[4 * j + 6] * inverse[1], out[4 * j + 7] * inverse[1])};
+      const int column = 8 * j + lane() / 16 * 8;
+      store_matrices(shared_address(tile) + column / PANEL * Q_PANEL_BYTES + swizzled<SWIZZLE>(row, column % PANEL * 2),
+                     c);
+    }
+    fence_async_shared();
+    named_sync<128>(1 + CONSUMERS + group);
+    leave(tile, stage, work.q_first + group * ROWS, work.head, work.batch);
   }
 
-  __device__ __forceinline__ scalar_t* out_row(const Work& work, int token) const {
-    const i64 batch = PACKED_Q ? 0 : work.batch * p.out_batch_stride;
-    return p.out + batch + (work.q_start + token) * p.out_row_stride + work.head * p.out_head_stride;
-  }
-  __device__ __forceinline__ void store_lse(const Work& work, int token, float lse) {
-    const i64 batch = PACKED_Q ? 0 : work.batch * p.lse_batch_stride;
-    if (p.lse && lane() % 4 == 0 && token < work.q_len)
-      p.lse[batch + work.head * p.lse_head_stride + work.q_start + token] = lse;
+  // The last results have left the place of a q, which is free again.
+  __device__ __forceinline__ void free_q() {
+    if (q_stage >= 0 && threadIdx.x % 128 == 0) {
+      bulk_wait_read();
+      s.q_empty[q_stage][group].arrive();
+    }
   }
 
   // c[i] of quad lane j and c[j] of quad lane i change places.
@@ -623,16 +805,23 @@ struct Consumer {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-           const __grid_constant__ TensorMap v, const __grid_constant__ Params p) {
+           const __grid_constant__ TensorMap v, const __grid_constant__ Params p,
+           const __grid_constant__ TensorMap out) {  // out: where BULK_STORE
   extern __shared__ __align__(1024) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) s.init();
-  __syncthreads();
+  if (EARLY && threadIdx.x == 32) prefetch(q), prefetch(k), prefetch(v);
+  if (PAIR) cluster_sync(); else __syncthreads();
+  if (EARLY) {
+    grid_dependency_wait();
+    grid_launch_dependents();
+  }
   if (threadIdx.x < 128) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < 32) Producer{p, s, q, k, v}.run();
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    Consumer{p, s}.run();
+    Consumer{out, p, s}.run();
   }
+  if (PAIR) cluster_sync();  // the other block may still arrive at this one's barriers
 }

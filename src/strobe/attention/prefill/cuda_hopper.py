@@ -26,21 +26,33 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _STAGES = 2
 _BARRIERS_BYTES = 2048
-_SECTION_BYTES = 32 << 20
-"""Keys and values whose heads are worked on together: over half of an H200's L2."""
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q."""
+class Tile:
+    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q.
 
-    consumers: int
-    keys: int
-    q_stages: int
+    Where tiles differ in length, heads are worked on together whose keys and values take `section_mib`
+    (32: over half of an H200's L2). `early` starts under the end of the kernel ahead; `pair` has two blocks
+    share their keys; `bulk_store` lets the copy engine store: to be named until they have been measured.
+    """
+
+    consumers: int = 2
+    keys: int = 128
+    q_stages: int = 2
+    section_mib: int = 32
+    early: bool = False
+    pair: bool = False
+    bulk_store: bool = False
 
     @property
     def queries(self) -> int:
         return ROWS * self.consumers
+
+    @property
+    def blocks(self) -> int:
+        """That work together, each on its own queries."""
+        return 2 if self.pair else 1
 
     @property
     def threads(self) -> int:
@@ -52,17 +64,17 @@ class Tiling:
         return 2 * head_dim * rows + _BARRIERS_BYTES
 
 
-TILINGS = {
-    64: Tiling(2, 128, 2),
-    96: Tiling(2, 128, 2),
-    128: Tiling(2, 128, 2),
-    192: Tiling(2, 64, 1),
-    256: Tiling(2, 64, 1),
+TILES = {
+    64: Tile(),
+    96: Tile(),
+    128: Tile(),
+    192: Tile(keys=64, q_stages=1),
+    256: Tile(keys=64, q_stages=1),
 }
-_THREE = Tiling(3, 128, 2)
+_THREE = Tile(consumers=3)
 
 
-def choose_tiling(problem: AttentionProblem) -> Tiling:
+def choose_tile(problem: AttentionProblem) -> Tile:
     """Measured on an H200 (docs/log.md).
 
     At head_dim 64 the special-function unit limits, and a third consumer keeps it busier; it has no
@@ -74,7 +86,7 @@ def choose_tiling(problem: AttentionProblem) -> Tiling:
             return _THREE
         if problem.window == (UNLIMITED, 0) and problem.q_len >= 2048:
             return _THREE
-    return TILINGS[problem.head_dim]
+    return TILES[problem.head_dim]
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -88,7 +100,7 @@ def refusals(problem: AttentionProblem) -> list[str]:
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
     elif problem.paged:
-        keys = TILINGS[problem.head_dim].keys
+        keys = TILES[problem.head_dim].keys
         if problem.page_size % 8 or (keys % problem.page_size and problem.page_size % keys):
             sizes = ", ".join(str(n) for n in (8, 16, 32, 64) if n < keys)
             reasons.append(f"page_size {problem.page_size}; supported: {sizes} and multiples of {keys}")
@@ -99,6 +111,20 @@ def refusals(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
+    """Why this problem cannot be worked on in such a way."""
+    if tile.consumers not in (2, 3) or tile.keys not in (64, 96, 128) or tile.q_stages not in (1, 2):
+        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1, 2"]
+    reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
+    if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
+        reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
+    if tile.pair and (_keyless(problem) or problem.window[0] != UNLIMITED):
+        reasons.append("pair; supported: dense, no left window, a key for every query")
+    if tile.bulk_store and (problem.packed_q or tile.q_stages < 2):
+        reasons.append("bulk_store; supported: q not packed, q_stages 2")
+    return reasons
+
+
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -106,12 +132,12 @@ def run(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    tiling: Tiling | None = None,
+    tile: Tile | None = None,
 ) -> None:
     q, k, v = (x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     room = dense.aligned(out)
     lse_strides = (0, 0) if lse is None else lse.stride()
-    launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tiling or choose_tiling(problem))
+    launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tile or choose_tile(problem))
     launch(*_addresses(q, k, v, room, lse))
     if room is not out:
         out.copy_(room)
@@ -123,7 +149,7 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     if not all(readable(x) for x in (q, k, v)):
         return anew
     out_strides, lse_strides = _contiguous(problem, q)
-    launch, held = _packed(problem, q, k, v, out_strides, lse_strides, choose_tiling(problem))
+    launch, held = _packed(problem, q, k, v, out_strides, lse_strides, choose_tile(problem))
     if held:  # copies of what the caller may rewrite
         return anew
 
@@ -155,26 +181,43 @@ def _packed(
     v: torch.Tensor,
     out_strides: tuple[int, ...],
     lse_strides: tuple[int, ...],
-    tiling: Tiling,
+    tile: Tile,
 ) -> tuple[Launch, list[torch.Tensor]]:
     """The launch, and copies that it reads of the problem's own tensors: to live until it is queued."""
     device = q.get_device()
-    box = min(tiling.keys, problem.page_size or tiling.keys)
-    whole = not problem.paged
-    queries = Maps(q, ROWS, True)
-    maps = (queries, Maps(k, box, whole), Maps(v, box, whole)) if k.numel() else (queries,) * 3
-    params = Params.of(problem, tiling.queries, _section(problem))
+    params = Params.of(problem, tile.queries * tile.blocks, _section(problem, tile))
     params.lay_out(out_strides, lse_strides)
     held = params.attach(problem)
     launch = Launch(
-        jit.kernel(_SOURCE, "attend", defines(problem, tiling), device),
+        jit.kernel(_SOURCE, "attend", defines(problem, tile), device),
         params,
-        maps,
-        grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
-        block=tiling.threads,
-        shared_bytes=tiling.shared_bytes(problem.head_dim),
+        _maps(problem, q, k, v, out_strides, tile),
+        grid=tile.blocks * min(params.q_tiles * params.heads, _multiprocessors(device) // tile.blocks),
+        block=tile.threads,
+        shared_bytes=tile.shared_bytes(problem.head_dim),
+        cluster=2 if tile.pair else None,
+        programmatic=tile.early,
     )
     return launch, held
+
+
+def _maps(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out_strides: tuple[int, ...],
+    tile: Tile,
+) -> tuple[Maps, ...]:
+    queries = Maps(q.dtype, q.shape, q.stride(), ROWS)
+    maps: tuple[Maps, ...] = (queries, queries, queries)
+    if k.numel():
+        box = min(tile.keys // tile.blocks, problem.page_size or tile.keys)
+        whole = not problem.paged and not tile.pair
+        maps = (queries, *(Maps(x.dtype, x.shape, x.stride(), box, whole) for x in (k, v)))
+    if tile.bulk_store:
+        return (*maps, Maps(q.dtype, q.shape, out_strides, ROWS))
+    return maps
 
 
 def _addresses(
@@ -191,43 +234,55 @@ def _addresses(
     )
 
 
-def defines(problem: AttentionProblem, tiling: Tiling) -> dict[str, jit.Define]:
+def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
     """What the kernel is compiled for: the features that this problem uses, and no other."""
     left, right = problem.window
     return {
         "scalar_t": dense.SCALAR[problem.dtype],
         "HEAD_DIM": problem.head_dim,
-        "K_TILE": tiling.keys,
-        "CONSUMERS": tiling.consumers,
-        "Q_STAGES": tiling.q_stages,
+        "K_TILE": tile.keys,
+        "CONSUMERS": tile.consumers,
+        "Q_STAGES": tile.q_stages,
         "HAS_LEFT": left != UNLIMITED,
         "HAS_RIGHT": right != UNLIMITED,
+        "KEYLESS": _keyless(problem),
         "SOFTCAP": problem.softcap > 0,
         "SINKS": problem.sinks is not None,
         "PACKED_Q": problem.packed_q,
         "PACKED_KV": isinstance(problem.layout, Packed),
         "PAGE_SIZE": problem.page_size,
+        "EARLY": tile.early,
+        "PAIR": tile.pair,
+        "BULK_STORE": tile.bulk_store,
     }
 
 
 def sources(arch: str) -> list[jit.Source]:
-    """Self-attention in bfloat16, causal and not, at each head_dim and tiling."""
+    """Self-attention in bfloat16, causal and not, at each head_dim and tile."""
     if arch != "sm_90a":
         return []
     return [
-        jit.Source(_SOURCE, defines(problem, tiling))
+        jit.Source(_SOURCE, defines(problem, tile))
         for head_dim in HEAD_DIMS
         for causal in (False, True)
         for problem in [AttentionProblem(1, 1, 1, 1, 1, head_dim, causal=causal)]
-        for tiling in (TILINGS[head_dim], *([_THREE] if head_dim == 64 else []))
+        for tile in (TILES[head_dim], *([_THREE] if head_dim == 64 else []))
     ]
 
 
-def _section(problem: AttentionProblem) -> int:
+def _keyless(problem: AttentionProblem) -> bool:
+    """Whether some tile of queries may see no key; where lengths are the device's, any may."""
+    right = problem.window[1]
+    if not isinstance(problem.layout, Dense):
+        return True
+    return not problem.kv_len or (right != UNLIMITED and problem.q_len > problem.kv_len + right)
+
+
+def _section(problem: AttentionProblem, tile: Tile) -> int:
     """Query heads whose tiles are mixed, longest first: as many as fit L2, where tiles differ in length."""
     if not problem.masked:
         return problem.group
-    key_heads = _SECTION_BYTES // (4 * problem.head_dim * max(1, problem.kv_len))
+    key_heads = (tile.section_mib << 20) // (4 * problem.head_dim * max(1, problem.kv_len))
     return min(problem.batch * problem.q_heads, problem.group * max(1, key_heads))
 
 

@@ -35,7 +35,7 @@ class Params(ctypes.Structure):
 
     @classmethod
     def of(cls, problem: AttentionProblem, q_tile: int, section: int) -> Params:
-        """What the problem decides; addresses and strides are still to come."""
+        """What the problem and the size of a tile of queries decide; addresses and strides are to come."""
         scale = problem.scale or 0.0
         left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
         return cls(
@@ -86,16 +86,15 @@ class Params(ctypes.Structure):
 class Launch:
     """One problem's launch for tensors of given shapes and strides; each call says where they are.
 
-    `maps` are of q, k and v; `kernel` takes them and `params`.
+    `maps` are of q, k, v and, where the copy engine stores it too, of out.
     """
 
-    def __init__(
-        self, kernel: jit.Kernel, params: Params, maps: tuple[Maps, Maps, Maps], **shape: Any
-    ) -> None:
+    def __init__(self, kernel: jit.Kernel, params: Params, maps: tuple[Maps, ...], **shape: Any) -> None:
         self._params, self._device = params, kernel.device
-        self._q, self._k, self._v = maps
+        self._q, self._k, self._v = maps[:3]
+        self._out = maps[3] if len(maps) > 3 else None
         unset = jit.TensorMap()
-        self._launch = kernel.prepare(args=[unset, unset, unset, params], **shape)
+        self._launch = kernel.prepare(args=[unset, unset, unset, params, unset], **shape)
         self._lock = Lock()
 
     def __call__(self, q: int, k: int, v: int, out: int, lse: int) -> None:
@@ -106,6 +105,8 @@ class Launch:
             launch.point(0, self._q.at(q))
             launch.point(1, self._k.at(k))
             launch.point(2, self._v.at(v))
+            if self._out is not None:
+                launch.point(4, self._out.at(out))
             params.out, params.lse, params.next_tile = out, lse, next_tile(self._device, stream)
             launch(stream)
 
@@ -120,12 +121,19 @@ class Maps:
 
     MOST = 256
 
-    def __init__(self, tensor: torch.Tensor, rows: int, whole: bool) -> None:
-        head_dim = tensor.shape[-1]
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        rows: int,
+        whole: bool = True,
+    ) -> None:
+        head_dim = shape[-1]
         panel = 32 if head_dim % 64 else 64
-        sizes, apart = _dimensions(tensor, panel)
+        sizes, apart = _dimensions(shape, strides, panel)
         self._arguments = (
-            str(tensor.dtype).removeprefix("torch."),
+            str(dtype).removeprefix("torch."),
             sizes,
             apart,
             (panel, rows, head_dim // panel if whole else 1, 1, 1),
@@ -146,15 +154,17 @@ class Maps:
 
 def readable(tensor: torch.Tensor) -> bool:
     """Whether the copy engine can read it: rows on 16 bytes, no dimension expanded."""
-    apart = _dimensions(tensor, 32 if tensor.shape[-1] % 64 else 64)[1]
+    apart = _dimensions(tensor.shape, tensor.stride(), 32 if tensor.shape[-1] % 64 else 64)[1]
     return not tensor.data_ptr() % 16 and all(n and not n % 16 for n in apart)
 
 
-def _dimensions(tensor: torch.Tensor, panel: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _dimensions(
+    shape: tuple[int, ...], strides: tuple[int, ...], panel: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Sizes in elements, and how far apart in bytes: within a panel, rows, panels, heads, batch."""
-    missing = 4 - tensor.dim()
-    batch, length, heads, head_dim = (1,) * missing + tuple(tensor.shape)
-    batch_stride, row_stride, head_stride, _ = (0,) * missing + tensor.stride()
+    missing = 4 - len(shape)
+    batch, length, heads, head_dim = (1,) * missing + tuple(shape)
+    batch_stride, row_stride, head_stride, _ = (0,) * missing + tuple(strides)
     sizes = (panel, length, head_dim // panel, heads, batch)
     elements = (row_stride, panel, head_stride, batch_stride)
     # The driver checks the stride even of a dimension of one element.

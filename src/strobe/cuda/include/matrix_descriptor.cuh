@@ -13,3 +13,10 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 address, u32 panel_bytes) {
   constexpr u64 ROW_GROUP = 8 * int(SWIZZLE), LAYOUT = SWIZZLE == Swizzle::B128 ? 1 : 2;
   return LAYOUT << 62 | (ROW_GROUP >> 4) << 32 | u64(panel_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
+
+// Where `byte` of a panel's row stands, from the panel's start: chunks of 16 bytes change places within a row.
+template <Swizzle SWIZZLE>
+__device__ __forceinline__ u32 swizzled(int row, int byte) {
+  constexpr int PITCH = int(SWIZZLE), CHUNKS = PITCH / 16;
+  return row * PITCH + (byte ^ row * PITCH / 128 % CHUNKS * 16);
+}

@@ -22,6 +22,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&m)[4], u32 addres
                : "r"(address));
 }
 
+// The way back (sm_90): lane's rows and columns as C has them, lanes 8i .. 8i + 7 give where matrix i's rows go.
+__device__ __forceinline__ void store_matrices(u32 address, const u32 (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m[0]), "r"(m[1]),
+               "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
 // An 8x8 matrix across the warp: a lane gives two neighbours of row lane / 4, and gets two of column lane / 4.
 __device__ __forceinline__ u32 transpose_matrix(u32 rows) {
   u32 columns;

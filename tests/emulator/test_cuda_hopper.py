@@ -1,0 +1,89 @@
+"""The Hopper rung where it has more work than blocks, and in the ways of working that must be named."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_emulator import emulated_gpu
+
+from strobe.attention.api import empty_lse
+from strobe.attention.cases import Case
+from strobe.attention.check import verdict
+from strobe.attention.prefill import cuda_hopper
+from strobe.attention.prefill.cuda_hopper import TILES, Tile
+
+
+def answer(case: Case, tile: Tile | None, sm_count: int) -> torch.Tensor:
+    """The rung's answer on fresh inputs, once it was found right."""
+    seed = random.randrange(2**31)
+    inputs = case.inputs(torch.bfloat16, seed=seed)
+    out = torch.full_like(inputs.q, float("nan"))
+    with emulated_gpu(sm_count):
+        problem = inputs.problem
+        if tile is not None:
+            assert not cuda_hopper.refusals_for_tile(problem, tile)
+        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
+        cuda_hopper.run(problem, inputs.q, inputs.k, inputs.v, out, lse, tile)
+        judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
+    assert judged.right, f"{case!r}, seed {seed}: {judged}"
+    return out
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("more_queries_than_keys", ((700, 100),), 2, 1, 64, causal=True),
+        Case("no_keys", ((300, 0),), 2, 1, 64, sinks=True),
+        Case("short_rows", ((1, 1), (300, 303), (0, 6), (65, 74), (500, 5)), 2, 1, 64, "packed", causal=True),
+        Case(
+            "short_pages", ((300, 400), (1, 129), (0, 40), (3, 7)), 2, 1, 64, "paged_packed", 32, causal=True
+        ),
+    ],
+    ids=str,
+)
+def test_tiles_without_keys_hold_nobody_up(case: Case) -> None:
+    """One block meets all of them: tiles past a short row's end, and queries above every key."""
+    answer(case, None, sm_count=1)
+
+
+WAYS = [
+    (64, Tile(early=True)),
+    (64, Tile(bulk_store=True)),
+    (64, Tile(pair=True)),
+    (64, Tile(consumers=3, bulk_store=True)),
+    (96, Tile(bulk_store=True)),
+    (128, Tile(pair=True, bulk_store=True, early=True)),
+    (128, Tile(consumers=3, keys=64)),
+    (256, replace(TILES[256], pair=True)),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "tile"), WAYS, ids=str)
+def test_other_ways_of_working(head_dim: int, tile: Tile) -> None:
+    """Fewer blocks than tiles, an odd number of tiles a head, lengths that no tile divides."""
+    odd = random.randint(1, tile.queries - 1)
+    length = tile.queries * tile.blocks + odd
+    case = Case("way", ((length, length + random.choice([0, 77])),), 3, 1, head_dim)
+    answer(replace(case, causal=True, softcap=random.choice([0.0, 20.0])), tile, sm_count=2)
+    if tile.pair:
+        answer(replace(case, sinks=True), tile, sm_count=4)
+
+
+def test_what_a_way_cannot_do_is_refused() -> None:
+    window = Case("window", ((300, 300),), 2, 1, 64, window=(30, 0)).inputs(torch.bfloat16).problem
+    packed = Case("packed", ((30, 30),), 2, 1, 64, "packed").inputs(torch.bfloat16).problem
+    above = Case("above", ((300, 30),), 2, 1, 64, causal=True).inputs(torch.bfloat16).problem
+    for problem, tile, reason in (
+        (window, Tile(pair=True), "pair; supported"),
+        (packed, Tile(pair=True), "pair; supported"),
+        (above, Tile(pair=True), "pair; supported"),
+        (packed, Tile(bulk_store=True), "bulk_store; supported"),
+        (window, Tile(bulk_store=True, q_stages=1), "bulk_store; supported"),
+        (window, Tile(consumers=9), "supported: consumers 2, 3"),
+        (window, Tile(keys=-1), "keys 64, 96, 128"),
+    ):
+        hopper = replace(problem, arch=90)
+        assert any(reason in given for given in cuda_hopper.refusals_for_tile(hopper, tile)), tile
