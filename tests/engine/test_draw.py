@@ -130,7 +130,7 @@ class Emulated:
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_an_engine_writes_the_same_by_both_ways(checkpoint) -> None:
     """Also where a step is launched before the tokens of the one ahead are read, and pages run out."""
-    room = {"page_size": 4, "kv_cache_pages": 16, "max_num_seqs": 8, "max_model_len": 40}
+    room = {"page_size": 4, "kv_cache_pages": 20, "max_num_seqs": 8, "max_model_len": 40}
     wants = [
         {"logprobs": 3, "temperature": 0.8},
         {"temperature": 0, "prompt_logprobs": 2},
@@ -140,7 +140,7 @@ def test_an_engine_writes_the_same_by_both_ways(checkpoint) -> None:
     ]
     texts = []
     for cuda in (False, True):
-        config = EngineConfig(overlap=cuda, max_num_batched_tokens=12, **room)
+        config = EngineConfig(overlap=cuda, max_num_batched_tokens=48, **room)
         engine = Engine(checkpoint.model, checkpoint.tokenizer, config)
         if cuda:
             engine.sampler = Sampler(Emulated(checkpoint.model))
