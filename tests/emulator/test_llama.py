@@ -1,0 +1,66 @@
+"""A decode step of a small Llama through the GPU's kernels in the emulator, against the CPU's in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from cuda_emulator import emulated_gpu
+
+from strobe.attention.problem import Paged
+from strobe.linear import projection
+from strobe.models import shapes
+from strobe.models.batch import Batch, KvTensors
+from strobe.models.config import ModelConfig
+from strobe.models.network import tensors
+from strobe.ops import cache
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    layers=2,
+    hidden=136,
+    intermediate=200,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab_size=301,
+    max_position=128,
+    norm_eps=1e-5,
+)
+PAGE, LENGTHS = 4, (7, 1, 18)
+
+
+def step(model: object, attention: str, linear: str, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One token for each row of LENGTHS keys, the token's own included: logits `[rows, vocab]`."""
+    pages = 5
+    table = torch.arange(len(LENGTHS) * pages, dtype=torch.int32).view(len(LENGTHS), pages)
+    positions = torch.tensor(LENGTHS) - 1
+    slots = table.gather(1, positions[:, None] // PAGE).squeeze(1) * PAGE + positions % PAGE
+    layout = Paged(table, torch.tensor(LENGTHS, dtype=torch.int32), max_kv_len=max(LENGTHS))
+    rows = torch.arange(len(LENGTHS))
+    return model(Batch(rows + 11, positions, slots, layout, rows, KvTensors(k, v), attention, linear))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
+def test_a_decode_step(kind: dict[str, bool]) -> None:
+    torch.manual_seed(len(kind))
+    config = replace(CONFIG, **kind)
+    exact = shapes.random_model(config, device="cpu", dtype=torch.float32)
+    cached = [torch.randn(2, 15, PAGE, 2, 64).bfloat16() for _ in range(2)]
+
+    def gpu_weight(outputs: int, inputs: int, **_: object) -> torch.Tensor:
+        return torch.empty(outputs, inputs, dtype=torch.bfloat16)
+
+    with patch.object(projection, "empty_weight", gpu_weight):
+        model = shapes.random_model(config, device="cpu", dtype=torch.bfloat16)
+    for rounded, wide in zip(tensors(model.weights), tensors(exact.weights), strict=True):
+        if wide.ndim == 1:  # norms and biases
+            wide.uniform_(0.2, 1.2)
+        wide.copy_(rounded.copy_(wide))
+    want = step(exact, "torch_grouped", "torch_linear", *(x.float() for x in cached))
+    on_gpu = patch.object(model, "device", torch.device("cuda"))
+    with on_gpu, emulated_gpu(sm_count=3), patch.object(cache, "FUSES_NORMS", True):
+        got = step(model, "cuda_paged", "cuda_skinny", *(x.clone() for x in cached))
+    assert (got.float() - want).abs().max() <= 0.05 * want.abs().max()
