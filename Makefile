@@ -47,7 +47,7 @@ format: $(READY)
 	$(RUN) -m ruff format .
 
 gpu-test: $(READY)
-	$(RUN) -m pytest -m gpu tests/gpu tests/test_device.py --gpu-report benchmarks/results
+	$(RUN) tests/gpu/run.py tests
 
 bench: $(READY)
 	$(RUN) -m strobe bench latency --vs transformers --save auto

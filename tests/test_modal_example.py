@@ -83,7 +83,18 @@ def test_container_runs_the_script_and_gives_its_files(
 
     monkeypatch.setattr(example.subprocess, "run", fake)
     assert example.measure.local("fa2", "", "abc") == {"prefill.json": b"{}"}
-    assert ran == [(["sh", "benchmarks/gpu.sh", "fa2", "", str(tmp_path), "abc"], "/strobe", True)]
+    ((command, folder, check),) = ran
+    assert (folder, check) == ("/strobe", False)
+    words = command[2:]
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert given == {
+        "--prefill-peers": "fa2",
+        "--decode-peers": "",
+        "--out": str(tmp_path),
+        "--commit": "abc",
+    }
+    known = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    assert all(f"{option}" in known for option in given)
 
 
 def test_files_come_home(

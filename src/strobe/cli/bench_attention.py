@@ -27,7 +27,12 @@ Dtype = Annotated[
 ]
 Kernels = Annotated[str, typer.Option("--kernel", "-k", help="Kernels, by name; `all` that fit.")]
 Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa4, flashinfer.")]
-Suite = Annotated[str | None, typer.Option(help="A standard set of shapes: prefill or ladder.")]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        help="A standard set of shapes: prefill or ladder, or few of them: prefill-quick, ladder-quick."
+    ),
+]
 TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
 
@@ -53,7 +58,7 @@ def attention(
     json: Json = False,
 ) -> None:
     """Check, then time attention kernels and peers over one shape, a sweep or a suite, in one run."""
-    from strobe.attention.cases import LADDER_BENCH, PREFILL_BENCH, prefill_shape
+    from strobe.attention.cases import LADDER_BENCH, LADDER_SHAPES, PREFILL_BENCH, prefill_shape
     from strobe.bench import plots, tables
     from strobe.bench.results import Result, default_path
 
@@ -62,7 +67,12 @@ def attention(
     lengths = [length(text) for text in seq.split(",")]
     if len(lengths) > 1 and not sweep:
         raise StrobeError(f"--seq {seq} has several lengths", hint="add --sweep")
-    suites = {"prefill": PREFILL_BENCH, "ladder": LADDER_BENCH}
+    suites = {
+        "prefill": PREFILL_BENCH,
+        "prefill-quick": PREFILL_BENCH[1::6],
+        "ladder": LADDER_BENCH,
+        "ladder-quick": LADDER_SHAPES,
+    }
     if suite is not None and suite not in suites:
         raise UnknownNameError.among("suite", suite, suites)
     if suite is not None:
@@ -72,7 +82,7 @@ def attention(
     where = devices.resolve(settings.load(device=device).device).partition(":")[0]
     dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
     rows, roof = measure(cases, "prefill", kernel, vs, tile, dtype, where)
-    bench = suite or "attention"
+    bench = (suite or "attention").partition("-")[0]
     result = Result.here(bench, rows, commit=commit, ceilings=roof.as_dict())
     if save is not None:
         result.save(default_path(bench) if str(save) == "auto" else save)
@@ -182,12 +192,20 @@ def measure(
             raise StrobeError(f"{peer.name} cannot run here: {reason}")
     providers = [*(of_rung(rung, sizes) for rung in rungs), *map(of_peer, named)]
     rows: list[dict[str, Any]] = []
+    roof = ceilings(where, dtype)
     bar, task = console.progress(len(cases), "shapes")
-    with bar:
-        for case in cases:
-            rows += measure_all([case], providers, dtype, where, strict=kernel != "all" and not named)
-            bar.advance(task)
-    return rows, ceilings(where, dtype)
+    done = 0
+    try:
+        with bar:
+            for case in cases:
+                rows += measure_all([case], providers, dtype, where, strict=kernel != "all" and not named)
+                bar.advance(task)
+                done += 1
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        console.note(f"stopped: {done} of {len(cases)} shapes are measured")
+    return rows, roof
 
 
 def length(text: str) -> int:

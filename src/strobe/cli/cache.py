@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-import strobe
 from strobe.cli import console
 from strobe.cli.options import Json
 from strobe.errors import SettingsError, UnknownNameError
-
-PACKAGE = Path(strobe.__file__).parent
 
 app = typer.Typer(help="The compiled kernels on disk.", no_args_is_help=True)
 
@@ -59,6 +52,7 @@ def warm(
 ) -> None:
     """Compile every kernel now, so that no first call waits."""
     from strobe.cuda import cache, jit
+    from strobe.cuda import sources as kernel_sources
 
     folder = cache.folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,19 +61,11 @@ def warm(
     target = arch or jit.arch_of()
     if target.rstrip("af") not in (known := jit.supported_archs()):
         raise UnknownNameError.among("arch", target, known)
-    sources = [source for module in _kernel_modules() for source in module.sources(target)]
+    sources = kernel_sources.every(target)
     bar, task = console.progress(len(sources), f"compiling for {target}")
     with bar:
         count = jit.warm(sources, target, lambda source, cubin: bar.advance(task))
     console.note(f"{count} kernels for {target} are compiled")
-
-
-def _kernel_modules() -> Iterator[Any]:
-    """The modules beside each .cu file that say what is to be compiled of it."""
-    for path in sorted(PACKAGE.rglob("*.cu")):
-        name = ".".join(("strobe", *path.relative_to(PACKAGE).with_suffix("").parts))
-        if importlib.util.find_spec(name) and hasattr(module := importlib.import_module(name), "sources"):
-            yield module
 
 
 @app.command()
