@@ -11,11 +11,12 @@ import torch
 from cuda_emulator import emulated_gpu, missing
 
 from strobe.attention import paged
-from strobe.attention.api import empty_lse
+from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
-from strobe.attention.problem import UNLIMITED, Paged
+from strobe.attention.inputs import describe
+from strobe.attention.problem import UNLIMITED, Options, Paged
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -72,3 +73,18 @@ def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
         alone = Paged(layout.page_table[row : row + 1], layout.seq_lens[row : row + 1])
         part = Inputs(inputs.q[row : row + 1], inputs.k, inputs.v, {**inputs.options, "layout": alone})
         assert torch.equal(run(cuda_cluster, {}, part)[0], together[row])
+
+
+@pytest.mark.parametrize("kernel", ["cuda_paged", "cuda_cluster"])
+def test_layers_share_a_prepared_launch(kernel: str) -> None:
+    """Other queries, other layers of one cache, one layout: only the first call prepares."""
+    inputs = Case("", ((1, 90), (1, 200)), 4, 2, 64, "paged", causal=True).inputs(torch.bfloat16)
+    stored = torch.randn(3, 2, *inputs.k.shape).bfloat16()
+    for layer in stored.unbind():
+        q = torch.randn(2, 1, 6, 64).bfloat16()[:, :, 1:5]
+        with emulated_gpu(sm_count=5):
+            options = inputs.options
+            out, lse = attention(q, *layer.unbind(), return_lse=True, kernel=kernel, **options)
+            problem = describe(q, *layer.unbind(), Options(**options))
+            judged = verdict(problem, q, *layer.unbind(), out, lse)
+        assert judged.right, str(judged)

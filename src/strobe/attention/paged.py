@@ -1,18 +1,14 @@
-"""What the kernels over a paged cache share: what they refuse, their tiles, parameter and tensor maps."""
+"""What the kernels over a paged cache share: what they refuse, and their tiles."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-
 from strobe.attention import dense
 from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
 from strobe.cuda import jit
-from strobe.errors import ProblemError
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 MAX_Q_LEN = 16
@@ -156,78 +152,3 @@ def example(batch: int, group: int, head_dim: int, dtype: str, kv_dtype: str | N
 def fits(arch: int) -> bool:
     """Bulk copies, and shared memory for the warps' rings."""
     return arch >= 90 and dense.shared_memory(arch) >= SHARED_LIMIT
-
-
-class Params(ctypes.Structure):
-    """`Params` of attend_tile.cuh."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "out", "lse", "seq_lens", "page_table", "cu_seqlens_q")),
-        *((name, ctypes.c_void_p) for name in ("sinks", "k_scale", "v_scale", "partials")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("lse_row", "lse_head")),
-        *((name, ctypes.c_int) for name in ("batch", "segments", "q_len", "row_blocks", "table_stride")),
-        *((name, ctypes.c_int) for name in ("left", "right")),
-        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_scale")),
-        *((name, ctypes.c_int) for name in ("table_columns", "hint_lines")),
-    ]
-
-
-def params(problem: AttentionProblem, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> Params:
-    """All but `segments`, `row_blocks`, `partials`, `hint_lines` and `sinks`.
-
-    q and out are `[tokens, heads, head_dim]`.
-    """
-    layout, scale = cast(Paged, problem.layout), problem.scale or 0.0
-    filled = Params(
-        q=q.data_ptr(),
-        out=out.data_ptr(),
-        seq_lens=layout.seq_lens.data_ptr(),
-        page_table=layout.page_table.data_ptr(),
-        q_token_stride=q.stride(0),
-        q_head_stride=q.stride(1),
-        out_token_stride=out.stride(0),
-        out_head_stride=out.stride(1),
-        batch=problem.batch,
-        q_len=problem.q_len,
-        table_stride=layout.page_table.stride(0),
-        left=problem.window[0],
-        right=problem.window[1],
-        scale_log2=scale * math.log2(math.e),
-        softcap_log2=problem.softcap * math.log2(math.e),
-        softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
-        table_columns=layout.page_table.shape[1],
-    )
-    if layout.cu_seqlens_q is not None:
-        filled.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
-    if layout.k_scale is not None and layout.v_scale is not None:
-        filled.k_scale, filled.v_scale = layout.k_scale.data_ptr(), layout.v_scale.data_ptr()
-    if lse is not None:
-        filled.lse = lse.data_ptr()
-        filled.lse_row_stride, filled.lse_head_stride = lse.stride(0), lse.stride(-2)
-    return filled
-
-
-def tensor_map(name: str, pages: torch.Tensor, shape: Tiles) -> jit.TensorMap:
-    """Pages as `[pages, kv_heads, page_size, spans, span]`; a box is one run of keys of one head.
-
-    No promotion in L2: fetching 256 bytes for each request of 128 costs 5 % of the bandwidth.
-    """
-    count, page_size, kv_heads, _ = pages.shape
-    size = pages.element_size()
-    page, token, head = (stride * size for stride in pages.stride()[:3])
-    if any(stride % 16 for stride in (page, token, head)) or pages.data_ptr() % 16:
-        raise ProblemError(
-            f"{name}'s pages, tokens and heads are {page}, {token} and {head} bytes apart; "
-            "supported: multiples of 16, on 16 bytes"
-        )
-    span, spans = shape.span // size, shape.row_bytes // shape.span
-    return jit.tensor_map(
-        pages.data_ptr(),
-        str(pages.dtype).removeprefix("torch."),
-        (span, spans, page_size, kv_heads, count),
-        (shape.span, token, head, page),
-        (span, spans, shape.run, 1, 1),
-        swizzle=shape.span,
-        l2_promotion=0,
-    )

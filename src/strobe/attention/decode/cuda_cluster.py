@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from strobe.attention import paged
+from strobe.attention.paged_launch import PagedLaunch, Params
 from strobe.attention.problem import AttentionProblem
 from strobe.cuda import jit
 
@@ -49,7 +51,7 @@ class Shape(paged.Tiles):
 def choose_shape(problem: AttentionProblem) -> Shape:
     """The same for every batch, so that a row's bits depend on its own length alone."""
     shape = Shape(**asdict(paged.tiles(problem)), windowed=problem.window[0] >= 0)
-    return _choose(shape, problem.kv_heads * _row_blocks(problem, shape))
+    return _choose(shape, problem.kv_heads * -(-problem.group * problem.q_len // shape.columns))
 
 
 @lru_cache(maxsize=4096)
@@ -71,6 +73,32 @@ def source(shape: Shape) -> jit.Source:
     return jit.Source(_SOURCE, shape.defines())
 
 
+def prepare(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shape: Shape | None = None,
+) -> PagedLaunch:
+    """`run` of this problem, for tensors like these."""
+    shape = shape or choose_shape(problem)
+    kernel = jit.kernel(_SOURCE, "attend", shape.defines(), q.get_device())
+    kernel.prefer_shared_memory()  # for blocks that share an SM
+    params = Params.of(problem, shape)
+
+    def launch(args: list[Any]) -> jit.Launch:
+        return kernel.prepare(
+            grid=(shape.cluster, params.segments, problem.batch),
+            block=32 * shape.warps,
+            args=args,
+            shared_bytes=shape.shared_bytes(),
+            cluster=shape.cluster,
+            programmatic=True,
+        )
+
+    return PagedLaunch(problem, shape, params, launch)
+
+
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -80,25 +108,8 @@ def run(
     lse: torch.Tensor | None,
     shape: Shape | None = None,
 ) -> None:
-    """k and v are pages, on 16 bytes and in strides of multiples of 16 bytes.
-
-    Raises:
-        ProblemError: other strides.
-    """
-    shape = shape or choose_shape(problem)
-    params = paged.params(problem, q.reshape(-1, *q.shape[-2:]), out.view(-1, *out.shape[-2:]), lse)
-    params.row_blocks = _row_blocks(problem, shape)
-    params.segments = problem.kv_heads * params.row_blocks
-    sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
-    params.sinks = None if sinks is None else sinks.data_ptr()
-    jit.kernel(_SOURCE, "attend", shape.defines(), q.get_device())(
-        grid=(shape.cluster, params.segments, problem.batch),
-        block=32 * shape.warps,
-        args=[paged.tensor_map("k", k, shape), paged.tensor_map("v", v, shape), params],
-        shared_bytes=shape.shared_bytes(),
-        cluster=shape.cluster,
-        programmatic=True,
-    )
+    """Arguments and errors as `PagedLaunch`."""
+    prepare(problem, q, k, v, shape)(q, k, v, out, lse)
 
 
 def sources(arch: str) -> list[jit.Source]:
@@ -112,7 +123,3 @@ def sources(arch: str) -> list[jit.Source]:
     )
     shapes = dict.fromkeys(replace(choose_shape(paged.example(*each)), cluster=1) for each in examples)
     return [source(shape) for shape in shapes]
-
-
-def _row_blocks(problem: AttentionProblem, shape: Shape) -> int:
-    return -(-problem.group * problem.q_len // shape.columns)

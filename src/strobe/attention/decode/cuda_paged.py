@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from strobe.attention import paged
+from strobe.attention.paged_launch import PagedLaunch, Params
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cuda import jit
 from strobe.device import gpu
@@ -76,6 +77,35 @@ def source(shape: Shape) -> jit.Source:
     return jit.Source(_SOURCE, shape.defines())
 
 
+def prepare(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shape: Shape | None = None,
+) -> PagedLaunch:
+    """`run` of this problem, for tensors like these."""
+    shape = shape or choose_shape(problem)
+    device, layout = q.get_device(), cast(Paged, problem.layout)
+    params = Params.of(problem, shape)
+    blocks = _blocks(_sm_count(device), problem.batch * params.segments)
+    lines = -(-layout.page_table.shape[0] * layout.page_table.stride(0) // 32)
+    params.hint_lines = lines if lines <= _HINT_LINES else 0
+    kernel = jit.kernel(_SOURCE, "attend", shape.defines(), device)
+
+    def launch(args: list[Any]) -> jit.Launch:
+        return kernel.prepare(
+            grid=blocks,
+            block=32 * shape.warps,
+            args=args,
+            shared_bytes=shape.shared_bytes(problem.batch),
+            programmatic=True,
+        )
+
+    where = q.device
+    return PagedLaunch(problem, shape, params, launch, lambda: _partials(layout, where, shape, blocks))
+
+
 def run(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -85,30 +115,8 @@ def run(
     lse: torch.Tensor | None,
     shape: Shape | None = None,
 ) -> None:
-    """k and v are pages, on 16 bytes and in strides of multiples of 16 bytes.
-
-    Raises:
-        ProblemError: other strides.
-    """
-    shape = shape or choose_shape(problem)
-    device, layout = q.get_device(), cast(Paged, problem.layout)
-    row_blocks = -(-problem.group * problem.q_len // shape.columns)
-    segments = problem.kv_heads // shape.heads * row_blocks
-    blocks = _blocks(_sm_count(device), problem.batch * segments)
-    params = paged.params(problem, q.reshape(-1, *q.shape[-2:]), out.view(-1, *out.shape[-2:]), lse)
-    params.segments, params.row_blocks = segments, row_blocks
-    params.partials = _partials(layout, q.device, shape, blocks).data_ptr()
-    lines = -(-layout.page_table.shape[0] * layout.page_table.stride(0) // 32)
-    params.hint_lines = lines if lines <= _HINT_LINES else 0
-    sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
-    params.sinks = None if sinks is None else sinks.data_ptr()
-    jit.kernel(_SOURCE, "attend", shape.defines(), device)(
-        grid=blocks,
-        block=32 * shape.warps,
-        args=[paged.tensor_map("k", k, shape), paged.tensor_map("v", v, shape), params],
-        shared_bytes=shape.shared_bytes(problem.batch),
-        programmatic=True,
-    )
+    """Arguments and errors as `PagedLaunch`."""
+    prepare(problem, q, k, v, shape)(q, k, v, out, lse)
 
 
 def sources(arch: str) -> list[jit.Source]:
