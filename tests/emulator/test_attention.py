@@ -40,7 +40,7 @@ def test_small_problems(rung: Rung, wrong: Callable[..., str | None]) -> None:
 
 @pytest.mark.parametrize("rung", RUNGS, ids=str)
 def test_case_table(rung: Rung, wrong: Callable[..., str | None], request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--emulate-all"):
+    if not request.config.getoption("--emulate-all", default=False):
         pytest.skip("the whole case table takes half an hour in the emulator; --emulate-all runs it")
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (48, 64, 96, 128, 256):

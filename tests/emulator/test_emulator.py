@@ -18,7 +18,7 @@ HEAD = 'extern "C" __global__ void attempt(const float* in, float* out, int n)'
 def attempt(folder: Path, body: str, n: int = 64, shared_bytes: int = 256) -> torch.Tensor:
     """out [n] of a block of 64 threads that runs `body` on in [n]."""
     source = folder / "attempt.cu"
-    source.write_text(f'#include "async_copy.cuh"\n#include "barrier.cuh"\n{HEAD} {{\n{body}\n}}\n')
+    source.write_text(f'#include "async_copy.cuh"\n#include "bulk_copy.cuh"\n{HEAD} {{\n{body}\n}}\n')
     x, out = torch.arange(n, dtype=torch.float32), torch.full((n,), float("nan"))
     with emulated_gpu():
         kernel.kernel(source, "attempt")(1, 64, [x, out, ctypes.c_int(n)], shared_bytes=shared_bytes)
@@ -61,6 +61,15 @@ MISTAKES = {
         "__shared__ Barrier full;\nif (!threadIdx.x) full.init(1);\n"
         "__syncthreads();\nfull.arrive_expecting(8);",
         "more arrivals than the barrier's 1",
+    ),
+    "no fence before the copy engine": (
+        SHARED + "__shared__ Barrier full;\nif (!i) full.init(1);\nx[i] = in[i];\n__syncthreads();\n"
+        "if (!i) full.arrive_expecting(256), bulk_copy(x, in, 256, full);\nfull.wait(0);",
+        "no fence.proxy.async follows a store by thread",
+    ),
+    "a copy that nobody waits for": (
+        SHARED + "__shared__ Barrier full;\nif (!i) full.init(1), bulk_copy(x, in, 256, full);",
+        "copies into its shared memory that nobody waited for",
     ),
     "an arrival before init": ("__shared__ Barrier full;\nfull.arrive();", "not initialised"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,21 +24,17 @@ from strobe.cuda import nvrtc
 HERE = Path(__file__).parent
 TWINS = HERE / "include"
 
-_RUNTIME = ("runtime.cpp", "engines.cpp", "races.cpp")
-_COMMON = (
-    "-std=c++20",
-    "-fPIC",
-    "-U_FORTIFY_SOURCE",
-    "-fvisibility=hidden",
-    "-fno-gnu-unique",
-    "-ffp-contract=fast",
-    "-march=native",
-    "-g1",
-)
-_KERNEL = (
-    *_COMMON, "-O1", "-w", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
-    "-fno-strict-aliasing",
-)  # fmt: skip
+_RUNTIME = ("memory.cpp", "threads.cpp", "engines.cpp", "races.cpp")
+_COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -march=native -g1".split()
+_KERNEL = [
+    *_COMMON,
+    *("-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=fast"),  # a b + c is one fma, as in CUDA
+    *(
+        "-fsanitize=thread",
+        "--param",
+        "tsan-instrument-func-entry-exit=0",
+    ),  # calls memory.cpp at every access
+]
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\((\d+)\)\s+)?([\w ]+?)\s+(\w+)\[\];")
 _BOUNDS = re.compile(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)")
 
@@ -48,14 +45,21 @@ class BuildError(Exception):
 
 def missing() -> str | None:
     """Why kernels cannot be emulated here; None where they can."""
+    if platform.system() != "Linux":
+        return f"the emulator builds ELF libraries; this is {platform.system()}"
     if shutil.which("g++") is None:
         return "g++ is not installed: the emulator compiles kernels with it"
+    version = _gxx("--version").splitlines()[0]
     number = int(_gxx("-dumpversion").split(".")[0])
-    return None if number >= 11 else f"g++ {number}; the emulator needs C++20 as of g++ 11"
+    return None if "clang" not in version and number >= 11 else f"{version}; the emulator needs GCC 11 and up"
 
 
 def library(source: Path, defines: Mapping[str, nvrtc.Define]) -> Path:
-    """The library of a source with these macros, from the cache or built and kept."""
+    """The library of a source with these macros, from the cache or built and kept.
+
+    Raises:
+        BuildError: g++ does not take it.
+    """
     program = nvrtc.program(source, defines, "emulated")
     sources = {program.name: _with_kernels(program.source), **dict(program.headers)}
     macros = [f"-D{name}={value}" for name, value in program.defines]
@@ -65,55 +69,43 @@ def library(source: Path, defines: Mapping[str, nvrtc.Define]) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=_folder()) as stage:
             for name, text in sources.items():
-                path = Path(stage, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
                 if not (TWINS / name).exists():
-                    path.write_text(f'#line 1 "{name}"\n{text}')
-            made = Path(stage, "kernel.o")
-            includes = [f"-I{stage}", f"-I{TWINS}", f"-I{HERE}", "-include", str(HERE / "device.h")]
-            _gxx(
-                *_KERNEL,
-                *macros,
-                *includes,
-                "-x",
-                "c++",
-                "-c",
-                str(Path(stage, program.name)),
-                "-o",
-                str(made),
-            )
-            _link(target, *_runtime(), made)
+                    Path(stage, name).write_text(f'#line 1 "{name}"\n{text}')
+            made, fresh = f"{stage}/kernel.o", f"{stage}/kernel.so"
+            folders = [f"-I{folder}" for folder in (stage, TWINS, HERE)]
+            ahead = ["-include", str(HERE / "device.h")]
+            _gxx(*_KERNEL, *macros, *folders, *ahead, "-xc++", "-c", f"{stage}/{program.name}", "-o", made)
+            _gxx("-shared", "-Wl,-Bsymbolic,-z,defs", *_runtime(), made, "-o", fresh)
+            os.replace(fresh, target)
     return target
 
 
 def _with_kernels(text: str) -> str:
-    text = _DYNAMIC.sub(
-        r"\2* const \3 = static_cast<\2*>(emulator::dynamic_shared(\1 + 0 ? \1 + 0 : alignof(\2)));", text
-    )
+    """The source with its dynamic shared memory as pointers, and each of its kernels named at its end."""
     heads = _BOUNDS.sub("", text).split('extern "C" __global__')[1:]
     names = [re.search(r"\bvoid\s+(\w+)\s*\(", head)[1] for head in heads]  # type: ignore[index]
-    return text + "".join(f"\nEMULATOR_KERNEL({name})" for name in names) + "\n"
+    return _DYNAMIC.sub(_pointer, text) + "".join(f"\nEMULATOR_KERNEL({name})" for name in names) + "\n"
+
+
+def _pointer(found: re.Match[str]) -> str:
+    alignment, kind, name = found.groups()
+    place = f"emulator::dynamic_shared({alignment or f'alignof({kind})'})"
+    return f"{kind}* const {name} = static_cast<{kind}*>({place});"
 
 
 @cache
-def _runtime() -> tuple[Path, ...]:
+def _runtime() -> tuple[str, ...]:
+    """The runtime's objects. memory.cpp is first: with it begins the section of shared memory."""
     made = []
     for name in _RUNTIME:
         path = _folder() / f"{Path(name).stem}-{_emulator_digest()[:24]}.o"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=_folder()) as stage:
-                fresh = Path(stage, path.name)
-                includes = [f"-I{HERE}", f"-I{TWINS}"]
-                _gxx(*_COMMON, "-O2", *includes, "-c", str(HERE / name), "-o", str(fresh))
+                fresh = f"{stage}/{path.name}"
+                _gxx(*_COMMON, "-O2", f"-I{HERE}", f"-I{TWINS}", "-c", str(HERE / name), "-o", fresh)
                 os.replace(fresh, path)
-        made.append(path)
+        made.append(str(path))
     return tuple(made)
-
-
-def _link(target: Path, *objects: Path) -> None:
-    fresh = objects[-1].with_suffix(".so")
-    _gxx("-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), "-o", str(fresh))
-    os.replace(fresh, target)
 
 
 def source_line(built: Path, offset: int) -> str:

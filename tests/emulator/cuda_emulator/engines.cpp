@@ -4,7 +4,8 @@
 #include <cstring>
 #include <vector>
 
-#include "deferred.h"
+#include "state.h"
+
 #include "device.h"
 #include "include/convert.cuh"
 
@@ -114,7 +115,7 @@ float element(Type type, uint64_t descriptor, int row, int column, Where where) 
                      column * 2 / swizzle * panel_bytes;
   address ^= address >> 3 & (swizzle - 16);
   uint16_t bits;
-  check_access(shared_pointer(address), 2, false, where);
+  check_access(shared_pointer(address), 2, Access::ENGINE_LOAD, where);
   memcpy(&bits, shared_pointer(address), 2);
   return value(type, bits);
 }
@@ -173,7 +174,7 @@ struct Phase {
 };
 
 Phase& phase_of(uint64_t* barrier, Where where) {
-  check_access(barrier, 8, false, where);  // initialised before, as barriers order it
+  check_access(barrier, 8, Access::LOAD, where);  // initialised before, as barriers order it
   Phase& phase = *reinterpret_cast<Phase*>(barrier);
   if (phase.pending < 0) fail(where, "a barrier that is not initialised");
   return phase;
@@ -242,13 +243,13 @@ struct Box {  // a copy to be done
 
 void load_matrices(uint32_t (&m)[4], uint32_t address, bool transposed, Where where) {
   Matrices mine{m, shared_pointer(address), transposed};
-  check_access(mine.row, 16, false, where);
+  check_access(mine.row, 16, Access::LOAD, where);
   meet_warp(~0u, &mine, matrices_of_warp, false, where);
 }
 
 void store_matrices(uint32_t address, const uint32_t (&m)[4], Where where) {
   Matrices mine{const_cast<uint32_t*>(m), shared_pointer(address), false};
-  check_access(mine.row, 16, true, where);
+  check_access(mine.row, 16, Access::STORE, where);
   meet_warp(~0u, &mine, store_matrices_of_warp, false, where);
 }
 
@@ -281,10 +282,10 @@ void wgmma_wait(int pending, Where where) {
 
 void copy_async(uint32_t shared, const void* global, int bytes, bool valid, Where where) {
   unsigned char* to = shared_pointer(shared);
-  check_access(to, bytes, true, where);
-  if (valid) check_access(global, bytes, false, where);
+  check_access(to, bytes, Access::STORE, where);
+  if (valid) check_access(global, bytes, Access::LOAD, where);
   defer(COPIES, [=] {
-    check_access(to, bytes, true, where);  // written at any time from the call to the wait
+    check_access(to, bytes, Access::STORE, where);  // written at any time from the call to the wait
     if (valid) memcpy(to, global, bytes);
     else memset(to, 0, bytes);
   });
@@ -293,7 +294,7 @@ void commit_copies() { commit(COPIES); }
 void wait_copies(int pending) { wait_for(COPIES, pending); }
 
 void barrier_init(uint64_t* barrier, int count, Where where) {
-  check_access(barrier, 8, true, where);
+  check_access(barrier, 8, Access::STORE, where);
   *reinterpret_cast<Phase*>(barrier) = {0, int16_t(count), uint16_t(count)};
 }
 
@@ -330,14 +331,14 @@ void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinate
     const bool own = rank == cluster_rank();
     if (own) {  // from here on nobody may be reading there
       walk_box(box.map, box.shared, box.first,
-               [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, true, where); });
+               [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, Access::ENGINE_STORE, where); });
       barrier_released(barrier);
     }
     defer_until_looked_at(barrier, rank, [=] {
       walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
         if (!own) forget_accesses(to, 16);
         memset(to, 0, 16);
-        for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), false, where);
+        for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), Access::ENGINE_LOAD, where);
         if (from) memcpy(to, from, size);
       });
       bytes_came(barrier, bytes, where);
@@ -349,11 +350,11 @@ void tma_store(const void* map, const void* shared, const Coordinates& first, Wh
   const Box box(map, shared_address(shared), first);
   check_box(box.map, box.shared, first, where);
   walk_box(box.map, box.shared, box.first,
-           [=](const unsigned char*, const unsigned char* from, uint32_t) { check_access(from, 16, false, where); });
+           [=](const unsigned char*, const unsigned char* from, uint32_t) { check_access(from, 16, Access::ENGINE_LOAD, where); });
   defer(STORES, [=] {
     walk_box(box.map, box.shared, box.first, [=](unsigned char* to, const unsigned char* from, uint32_t size) {
-      check_access(from, 16, false, where);
-      for (uint32_t i = 0; i < size; i += 2) check_bounds(to + i, std::min(2u, size), true, where);
+      check_access(from, 16, Access::ENGINE_LOAD, where);
+      for (uint32_t i = 0; i < size; i += 2) check_bounds(to + i, std::min(2u, size), Access::ENGINE_STORE, where);
       if (to) memcpy(to, from, size);
     });
   });
@@ -366,8 +367,8 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     fail(where, "a bulk copy of %u bytes from %p to %#x; supported: multiples of 16", bytes, global, shared_address(shared));
   phase_of(barrier, where);
   for (uint32_t i = 0; i < bytes; i += 16) {
-    check_access(static_cast<const char*>(global) + i, 16, false, where);
-    check_access(static_cast<char*>(shared) + i, 16, true, where);
+    check_access(static_cast<const char*>(global) + i, 16, Access::ENGINE_LOAD, where);
+    check_access(static_cast<char*>(shared) + i, 16, Access::ENGINE_STORE, where);
   }
   barrier_released(barrier);
   defer_until_looked_at(barrier, cluster_rank(), [=] {

@@ -59,7 +59,7 @@ buffers = Buffers()
 
 
 class _Launch(ctypes.Structure):
-    """`Launch` of runtime.cpp."""
+    """`Launch` of state.h."""
 
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),

@@ -10,28 +10,37 @@ void join(Clock& clock, const Clock& other) {
   for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
+constexpr char RACE[] = "a race: nothing orders it and an access";
+constexpr char NO_FENCE[] = "the async proxy, and no fence.proxy.async follows a store";
+
 }  // namespace
 
-Races::Races(int threads, size_t bytes) : now_(threads, 1), known_(threads), cells_(bytes / 2 + 1) {}
+Races::Races(int threads, size_t bytes) : now_(threads, 1), fenced_(threads), known_(threads), cells_(bytes / 2 + 1) {}
 
-Races::Mark Races::access(uint32_t thread, size_t offset, size_t bytes, bool write, uint32_t place) {
-  const Mark mine{now_[thread], place, thread};
+Races::Conflict Races::access(uint32_t thread, size_t offset, size_t bytes, Access access, uint32_t place) {
+  const bool engine = access >= Access::ENGINE_LOAD, store = access == Access::STORE || access == Access::ENGINE_STORE;
+  const Mark mine{now_[thread], generation_, place, uint16_t(thread), engine};
   for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) {
-    Cell& at = cell(i);
-    if (!knows(thread, at.write) && (write || !at.same.time || !knows(thread, at.same))) return at.write;
-    if (write) {
-      for (const Mark& earlier : {at.same, at.reads[0], at.reads[1]})
-        if (!knows(thread, earlier)) return earlier;
-      at = {generation_, mine, {}, {}};
+    Cell& at = cells_[i];
+    const Mark& last = at.store;
+    if (!knows(thread, last) && (store || !at.same.time || !knows(thread, at.same)))
+      return {RACE, last.thread, last.place};
+    if (engine && !last.engine && last.time && last.time >= fenced_[last.thread])
+      return {NO_FENCE, last.thread, last.place};
+    if (store) {
+      for (const Mark& earlier : {at.same, at.loads[0], at.loads[1]})
+        if (!knows(thread, earlier)) return {RACE, earlier.thread, earlier.place};
+      at = {mine, {}, {}};
     } else {
-      at.reads[knows(thread, at.reads[0]) ? 0 : 1] = mine;
+      at.loads[knows(thread, at.loads[0]) ? 0 : 1] = mine;
     }
   }
   return {};
 }
 
-void Races::write_same(uint32_t thread, size_t offset, size_t bytes, uint32_t place) {
-  for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) cell(i).same = {now_[thread], place, thread};
+void Races::store_same(uint32_t thread, size_t offset, size_t bytes, uint32_t place) {
+  const Mark mine{now_[thread], generation_, place, uint16_t(thread), false};
+  for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) cells_[i].same = mine;
 }
 
 void Races::forget(size_t offset, size_t bytes) {

@@ -4,11 +4,16 @@
 // bytes of shared memory remember who wrote them last and two of those who read them since. An access is a race where
 // an earlier one that it must not overtake is not known to its thread. Two readers of many are remembered: a race may
 // be missed, but none is invented. (Flanagan and Freund 2009, FastTrack.)
+//
+// The copy engine and wgmma go another way to shared memory (PTX ISA, "Async proxy"): they see what a thread stored
+// only once that thread has fenced it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "runtime.h"
 
 namespace emulator {
 
@@ -18,16 +23,15 @@ class Races {
  public:
   Races(int threads, size_t bytes);
 
-  struct Mark {
-    uint32_t time = 0;  // of `thread`; 0: none
-    uint32_t place = 0;  // what the caller gave with the access
-    uint32_t thread = 0;
+  struct Conflict {  // with an earlier access; none where `what` is null
+    const char* what = nullptr;
+    uint32_t thread = 0, place = 0;
   };
 
-  // An access by a thread; the earlier one that it races with, or an empty mark.
-  Mark access(uint32_t thread, size_t offset, size_t bytes, bool write, uint32_t place);
-  // A write of what stood there already: it races with nothing, and who knows of it may read.
-  void write_same(uint32_t thread, size_t offset, size_t bytes, uint32_t place);
+  // An access by, or on behalf of, a thread. `place` is what a conflict with it will tell.
+  Conflict access(uint32_t thread, size_t offset, size_t bytes, Access access, uint32_t place);
+  // A store of what stood there already: it races with nothing, and who knows of it may read.
+  void store_same(uint32_t thread, size_t offset, size_t bytes, uint32_t place);
   // Nobody of this block was here.
   void forget(size_t offset, size_t bytes);
 
@@ -39,26 +43,31 @@ class Races {
   void release(uint32_t thread, Clock& clock);
   void acquire(uint32_t thread, const Clock& clock);
   void acquire_all(uint32_t thread);
+  // What a thread stored so far is seen by the engines.
+  void fence(uint32_t thread) { fenced_[thread] = ++now_[thread]; }
 
  private:
+  struct Mark {
+    uint32_t time = 0;  // of its thread; 0: none
+    uint32_t generation = 0;
+    uint32_t place = 0;
+    uint16_t thread = 0;
+    bool engine = false;
+  };
   struct Cell {
-    uint32_t generation = 0;  // of an older one nothing is remembered
-    Mark write, same, reads[2];  // `same`: a later write of what stood there
+    Mark store, same, loads[2];  // `same`: a later store of what stood there
   };
 
   bool knows(uint32_t thread, const Mark& mark) const {
     const Clock& known = known_[thread];
-    return mark.thread == thread || (mark.thread < known.size() && mark.time <= known[mark.thread]) || !mark.time;
+    return mark.generation != generation_ || mark.thread == thread ||
+           (mark.thread < known.size() && mark.time <= known[mark.thread]);
   }
 
-  Cell& cell(size_t i) {
-    if (cells_[i].generation != generation_) cells_[i] = {generation_, {}, {}, {}};
-    return cells_[i];
-  }
-
-  uint32_t generation_ = 1;
-  Clock now_;                  // each thread's own time
-  std::vector<Clock> known_;  // of the others', to each
+  uint32_t generation_ = 1;  // of older accesses everybody knows
+  Clock now_;                // each thread's own time
+  Clock fenced_;             // its stores before then are fenced
+  std::vector<Clock> known_;  // of the others' times, to each
   std::vector<Cell> cells_;
 };
 

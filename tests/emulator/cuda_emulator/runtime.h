@@ -30,10 +30,12 @@ void look_at(const void* address, size_t bytes, Where where);
 
 [[noreturn]] void fail(Where where, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// An access by a function that stands for PTX: in bounds, aligned, and where it is shared memory no race. Plain
-// accesses are seen by themselves (runtime.cpp, __tsan_*).
-void check_access(const void* address, size_t bytes, bool write, Where where);
-void check_bounds(const void* address, size_t bytes, bool write, Where where);  // only that
+// An access by a function that stands for PTX, by the thread itself or by an engine for it: must be in bounds, aligned,
+// and no race where it is shared memory. Plain accesses are seen without being told (memory.cpp, __tsan_*).
+enum class Access { LOAD, STORE, ENGINE_LOAD, ENGINE_STORE };
+void check_access(const void* address, size_t bytes, Access access, Where where);
+void check_bounds(const void* address, size_t bytes, Access access, Where where);  // only that
+void fence_async_shared();
 
 uint32_t shared_address(const void* p);  // in the window of the block's shared memory
 unsigned char* shared_pointer(uint32_t address);

@@ -24,7 +24,7 @@ struct Barrier {
 };
 
 inline void fence_barrier_init() {}
-inline void fence_async_shared() {}
+inline void fence_async_shared() { emulator::fence_async_shared(); }
 
 template <int COUNT>
 void named_sync(int id, Where where = Where::current()) {
