@@ -16,7 +16,7 @@ _INTEGERS = {
     "seed": (0, (1 << 63) - 1),
 }
 _OPTIONAL = ("kv_cache_pages", "max_model_len")
-_SWITCHES = ("prefix_cache", "overlap", "graphs")
+_SWITCHES = ("prefix_cache", "overlap", "graphs", "deterministic")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class EngineConfig:
     """Schedule and launch a step while the one before it runs, and read what it drew a step late."""
     graphs: bool = False
     """On a GPU: steps that only decode are CUDA graphs, padded to few sizes."""
+    deterministic: bool = False
+    """A greedy request gives the same tokens, to the bit, whatever else is served with it. Nothing is
+    reused between prompts then, prompts run one after the other, and a request waits until it can stay."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
 
@@ -66,6 +69,10 @@ class EngineConfig:
         for name in ("attention_kernel", "linear_kernel", "sampling_kernel"):
             if not isinstance(getattr(self, name), str):
                 raise SettingsError(f'{name} is {getattr(self, name)!r}; supported: a name, or "auto"')
+        if self.deterministic and (self.attention_kernel, self.linear_kernel) != ("auto", "auto"):
+            raise SettingsError(
+                "deterministic and a kernel by name are both given", hint="deterministic chooses its kernels"
+            )
         gib = self.kv_cache_gib
         number = isinstance(gib, (int, float)) and not isinstance(gib, bool)
         if gib is not None and not (number and 0 < gib < math.inf):

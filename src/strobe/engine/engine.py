@@ -58,7 +58,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config
         self.max_model_len = plan.max_model_len
-        cache = KvCache(plan.pages, config.page_size, prefix_cache=config.prefix_cache)
+        reuse = config.prefix_cache and not config.deterministic
+        cache = KvCache(plan.pages, config.page_size, prefix_cache=reuse)
         self.scheduler = Scheduler(config, cache)
         self.runner = Runner(model, config, plan.pages, plan.max_model_len)
         self.sampler = Sampler(draw_for(config.sampling_kernel, model))
@@ -113,7 +114,8 @@ class Engine:
         if params.n > self.config.max_num_seqs:
             raise RequestError(f"n is {params.n}; this engine runs up to {self.config.max_num_seqs}")
         cache = self.scheduler.cache
-        needed = cache.pages_for(len(prompt) + self._max_output(request) - 1)
+        together = params.n if self.config.deterministic else 1  # else siblings may take turns
+        needed = cache.most_pages(len(prompt), self._max_output(request), together)
         if needed > cache.num_pages:
             raise OutOfPagesError(
                 f"the request may need {needed} KV-cache pages; there are {cache.num_pages}",

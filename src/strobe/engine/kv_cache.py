@@ -75,6 +75,12 @@ class KvCache:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
+    def most_pages(self, prompt: int, output: int, sequences: int = 1) -> int:
+        """Pages that so many sequences of one prompt may come to hold together, each writing `output` tokens:
+        they share those that the prompt fills."""
+        shared = prompt // self.page_size
+        return shared + sequences * (self.pages_for(prompt + output - 1) - shared)
+
     def prefix(self, tokens: Sequence[int], salt: bytes = b"") -> Prefix:
         """The hashes that `tokens` may share with others, without its last token's page.
 

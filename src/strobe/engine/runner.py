@@ -9,10 +9,11 @@ import torch
 
 from strobe.attention.problem import Paged
 from strobe.engine.config import EngineConfig
+from strobe.engine.deterministic import decode_kernels
 from strobe.engine.graphs import DecodeGraphs, recorder_for
 from strobe.engine.inputs import StepInputs, inputs_of, padded, table_width
 from strobe.engine.scheduler import Schedule
-from strobe.engine.transfer import Staging, nbytes
+from strobe.engine.transfer import Staging, in_place, nbytes
 from strobe.models.batch import Batch, KvTensors
 from strobe.models.network import Model, tensors
 
@@ -37,6 +38,10 @@ class Runner:
         )
         recorder = recorder_for(model.device) if config.graphs else None
         self.graphs = DecodeGraphs(config.max_num_seqs, recorder) if recorder else None
+        on_cpu = model.device.type == "cpu" and not config.overlap and self.graphs is None
+        self._send = in_place if on_cpu else self.staging.send
+        self._kernels = config.attention_kernel, config.linear_kernel
+        self._decode_kernels = decode_kernels(model) if config.deterministic else self._kernels
         self._token_flops = 2 * sum(tensor.numel() for tensor in tensors(model.weights))
 
     @torch.inference_mode()
@@ -48,13 +53,14 @@ class Runner:
         """
         page_size, first_word = self.config.page_size, self.staging.first_word
         inputs = inputs_of(schedule, page_size, first_word)
-        rows = len(schedule.sampled)
-        size = self.graphs.size_for(rows) if self.graphs and _decodes(schedule) else None
+        decodes, rows = _decodes(schedule), len(schedule.sampled)
+        kernels = self._decode_kernels if decodes else self._kernels
+        size = self.graphs.size_for(rows) if self.graphs and decodes else None
         if self.graphs is not None and size is not None:
             inputs = padded(inputs, size, page_size, first_word, self._nobody)
-            batch, width = self._stage(inputs), inputs.page_table.shape[1]
+            batch, width = self._stage(inputs, kernels), inputs.page_table.shape[1]
             return self.graphs.run(size, width, lambda: self.model(batch()))[:rows]
-        batch = self._stage(inputs)
+        batch = self._stage(inputs, kernels)
         with self._threads(schedule.tokens):
             return self.model(batch())
 
@@ -63,10 +69,11 @@ class Runner:
         if self.config.overlap:
             self.staging.drawn[: len(token_ids)].copy_(token_ids)
 
-    def _stage(self, inputs: StepInputs) -> Callable[[], Batch]:
+    def _stage(self, inputs: StepInputs, kernels: tuple[str, str]) -> Callable[[], Batch]:
         """Send a step's arrays. What is returned makes the Batch of what lies in their places when called."""
+        attention, linear = kernels
         given = {name: array for name in _SENT if (array := getattr(inputs, name)) is not None}
-        sent = dict(zip(given, self.staging.send(list(given.values())), strict=True))
+        sent = dict(zip(given, self._send(list(given.values())), strict=True))
         if "copies" in sent:
             sources, targets = sent["copies"]
             for pages in (self.kv_cache.k, self.kv_cache.v):
@@ -90,8 +97,8 @@ class Runner:
                 layout=layout,
                 logits_at=sent["logits_at"],
                 kv_cache=self.kv_cache,
-                attention_kernel=self.config.attention_kernel,
-                linear_kernel=self.config.linear_kernel,
+                attention_kernel=attention,
+                linear_kernel=linear,
             )
 
         return batch
@@ -100,7 +107,8 @@ class Runner:
     def _threads(self, tokens: int) -> Iterator[None]:
         """As many of torch's threads as a step of so many tokens deserves."""
         all_threads = torch.get_num_threads()
-        if self.model.device.type != "cpu" or self._token_flops * tokens >= _ONE_THREAD_FLOPS:
+        same = self.model.device.type != "cpu" or self.config.deterministic
+        if same or self._token_flops * tokens >= _ONE_THREAD_FLOPS:
             yield
             return
         torch.set_num_threads(1)

@@ -78,9 +78,10 @@ class Scheduler:
         """The next step. Pages are taken here; nothing else changes until `advance`."""
         chunks: list[Chunk] = []
         copies: list[PageCopy] = []
-        budget = self._continue(self.config.max_num_batched_tokens, chunks, copies)
-        if budget is not None:
-            self._admit(budget, chunks, copies)
+        if not self.config.deterministic or not self._prefill_alone(chunks, copies):
+            budget = self._continue(self.config.max_num_batched_tokens, chunks, copies)
+            if budget is not None and not self.config.deterministic:
+                self._admit(budget, chunks, copies)
         sampled, sampled_chunks = [], []
         for index, (sequence, _, end) in enumerate(chunks):
             if end == sequence.length:  # its last token's logits give the next
@@ -151,11 +152,34 @@ class Scheduler:
             budget -= end - start
         return budget
 
+    def _prefill_alone(self, chunks: list[Chunk], copies: list[PageCopy]) -> bool:
+        """For `deterministic`: the next chunk of the first prompt that is not run yet, if there is one."""
+        budget = self.config.max_num_batched_tokens
+        for sequence in self.running:
+            start, end = sequence.computed, min(sequence.prompt_len, sequence.computed + budget)
+            if start < end:
+                self._grow(sequence, end, copies)
+                chunks.append(Chunk(sequence, start, end))
+                return True
+        self._admit(budget, chunks, copies)
+        return bool(chunks)
+
+    def _can_stay(self, request: Request) -> bool:
+        """Whether pages will last to its end, and to the end of all that run, so that none is preempted."""
+        running = dict.fromkeys(sequence.request for sequence in self.running)
+        needed = (
+            self.cache.most_pages(len(r.prompt_token_ids), r.max_output, r.params.n)
+            for r in (request, *running)
+        )
+        return sum(needed) <= self.cache.num_pages
+
     def _admit(self, budget: int, chunks: list[Chunk], copies: list[PageCopy]) -> None:
         seats = self.config.max_num_seqs - sum(1 + len(sequence.siblings) for sequence in self.running)
         while self.waiting and budget:
             sequence = self.waiting[0]
             if sequence.unread or 1 + len(sequence.siblings) > seats:
+                return
+            if self.config.deterministic and (chunks or not self._can_stay(sequence.request)):
                 return
             if sequence.prefix is None:
                 known = () if sequence.scores_prompt else sequence.tokens

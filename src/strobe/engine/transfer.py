@@ -92,6 +92,11 @@ class Staging:
         ]
 
 
+def in_place(arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """What `Staging.send` comes to on a CPU that has nothing to overlap: the arrays' own memory."""
+    return [torch.from_numpy(array) for array in arrays]
+
+
 class Readback:
     """Copies of device tensors, on their way to the host. `wait` before reading what `copy` gave."""
 

@@ -46,6 +46,7 @@ RUNGS = {
         "cuda_gemv",
         "cuda_skinny",
         "torch_linear",
+        "batch_invariant",
         "torch_onednn",
         "numba_gemv",
     )
