@@ -25,6 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_contexts_as_table_json_csv_file_and_figure(cli: Cli, tmp_path: Path) -> None:
     saved, figure = tmp_path / "a" / "decode.json", tmp_path / "lines.svg"
     shape = (*SMALL, "--batch", "3", "--context", "40,70,200", "--page-size", "8")
+    shape += ("--kernel", "torch_grouped")
     result = json.loads(cli(*shape, "--json", "--save", str(saved), "--plot", str(figure)).out)
     attention = [row for row in result["rows"] if "op" not in row["case"]]
     assert [(row["case"]["kv_len"], row["case"]["page_size"]) for row in attention] == [
@@ -43,7 +44,7 @@ def test_contexts_as_table_json_csv_file_and_figure(cli: Cli, tmp_path: Path) ->
 
 
 def test_mixed_lengths(cli: Cli) -> None:
-    told = cli(*SMALL, "--batch", "4", "--context", "500", "--mixed", "--json").out
+    told = cli(*SMALL, "--batch", "4", "--context", "500", "--mixed", "-k", "torch_grouped", "--json").out
     case = json.loads(told)["rows"][0]["case"]
     assert (case["batch"], case["q_len"], case["kv_len"]) == (4, 1, 500)
     assert 64 <= case["kv_len_min"] < 500
