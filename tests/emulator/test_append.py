@@ -11,8 +11,9 @@ from cuda_emulator import emulated_gpu
 from strobe.ops import cache, rope
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("kv_dtype", "early"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)], ids=["early", "float8"]
+)
 @pytest.mark.parametrize(
     ("tokens", "q_heads", "kv_heads", "head_dim"), [(1, 8, 2, 128), (7, 5, 5, 64), (3, 3, 1, 80)]
 )

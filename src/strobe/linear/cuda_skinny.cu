@@ -152,13 +152,22 @@ __device__ __forceinline__ float inverse_rms(const Params& p, Shared& shared) {
   const int token = lane / 4 % span, part = lane / 4 / span, parts = TOKENS / span;
   float sum = 0.f;
   if (token < p.tokens) {
+    constexpr int BATCH = 8;  // loads in flight
     const scalar_t* const row = p.x + i64(token) * p.inputs;
-#pragma unroll 8
-    for (int i = ((warp * parts + part) * 4 + lane % 4) * 8; i < p.inputs; i += WARPS * parts * 32) {
-      float x[8];
-      load_floats(row + i, x);
+    const int stride = WARPS * parts * 32;
+    for (int first = ((warp * parts + part) * 4 + lane % 4) * 8; first < p.inputs; first += BATCH * stride) {
+      uint4 raw[BATCH];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum += x[e] * x[e];
+      for (int i = 0; i < BATCH; ++i)
+        if (first + i * stride < p.inputs) raw[i] = *reinterpret_cast<const uint4*>(row + first + i * stride);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        if (first + i * stride >= p.inputs) break;
+        float x[8];
+        to_floats(raw[i], x, scalar_t{});
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum += x[e] * x[e];
+      }
     }
   }
   sum += __shfl_xor_sync(~0u, sum, 1);

@@ -74,19 +74,21 @@ extern "C" __global__ void append(const __grid_constant__ Append p) {
   const int value = head - p.q_heads - p.kv_heads;  // from 0 on: a value's head
   const scalar_t* from =
       value < 0 ? p.k + token * p.k_token + head * p.k_head : p.v + token * p.v_token + value * p.v_head;
+  uint4 norm[2];
+  if (NORM && value < 0) {
+    const scalar_t* const gains = (head < p.q_heads ? p.q_norm : p.k_norm) + d;
+    norm[0] = *reinterpret_cast<const uint4*>(gains), norm[1] = *reinterpret_cast<const uint4*>(gains + HALF);
+  }
   float first[8], second[8];
   load_floats(from + d, first);
   load_floats(from + HALF + d, second);
   if (NORM && value < 0) {
     const float factor = inverse_rms(first, second, p.norm_eps);
-    const scalar_t* const norm = (head < p.q_heads ? p.q_norm : p.k_norm) + d;
-    float gains[8];
-    load_floats(norm, gains);
+    float gains[2][8];
+    to_floats(norm[0], gains[0], scalar_t{});
+    to_floats(norm[1], gains[1], scalar_t{});
 #pragma unroll
-    for (int i = 0; i < 8; ++i) first[i] *= factor * gains[i];
-    load_floats(norm + HALF, gains);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) second[i] *= factor * gains[i];
+    for (int i = 0; i < 8; ++i) first[i] *= factor * gains[0][i], second[i] *= factor * gains[1][i];
   }
   if (ROTATE && value < 0) {
     if (!EARLY) load_turn(p, token, d, cos, sin);

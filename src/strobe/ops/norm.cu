@@ -15,24 +15,35 @@ rms_norm(const scalar_t* x, const scalar_t* weight, scalar_t* out, int columns, 
   grid_dependency_wait();
   grid_launch_dependents();
 
-  float values[VECTORS][EACH], squares = 0.f;
+  // All loads first: one trip to memory, not one for each.
+  uint4 raw[VECTORS], gains[VECTORS];
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
     const int at = (i * THREADS + threadIdx.x) * EACH;
-    if (at >= columns) break;
-    load_floats(x + at, values[i]);
+    raw[i] = gains[i] = make_uint4(0, 0, 0, 0);
+    if (at < columns) {
+      raw[i] = *reinterpret_cast<const uint4*>(x + at);
+      gains[i] = *reinterpret_cast<const uint4*>(weight + at);
+    }
+  }
+  float squares = 0.f;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) squares += values[i][e] * values[i][e];
+  for (int i = 0; i < VECTORS; ++i) {
+    float value[EACH];
+    to_floats(raw[i], value, scalar_t{});
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) squares += value[e] * value[e];
   }
   const float factor = rsqrtf(block_sum<THREADS>(squares, scratch) / float(columns) + eps);
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
     const int at = (i * THREADS + threadIdx.x) * EACH;
     if (at >= columns) break;
-    float gains[EACH];
-    load_floats(weight + at, gains);
+    float value[EACH], gain[EACH];
+    to_floats(raw[i], value, scalar_t{});
+    to_floats(gains[i], gain, scalar_t{});
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) values[i][e] *= factor * gains[e];
-    store_floats(out + at, values[i]);
+    for (int e = 0; e < EACH; ++e) value[e] *= factor * gain[e];
+    store_floats(out + at, value);
   }
 }
