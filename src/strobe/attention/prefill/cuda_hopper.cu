@@ -40,8 +40,8 @@ constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
 constexpr u32 KV_BYTES = K_TILE * HEAD_DIM * 2, KV_PANEL_BYTES = K_TILE * PANEL * 2;
 constexpr bool PAGED = PAGE_SIZE > 0;
 constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : PAIR ? 56 : 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : PAIR ? 224 : 232;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
 constexpr int BLOCKS = PAIR ? 2 : 1;     // that share keys and values
 
@@ -148,7 +148,7 @@ struct Producer {
   KeyRows due_rows;
   int due_tile = -1;  // of the values that are still to be loaded
 
-  const u32 rank = PAIR ? cluster_rank() : 0;
+  const int rank = PAIR ? cluster_rank() : 0;
   u32 turn = 0;  // PAIR: of who takes the tile that sees more; and the parity of letters
 
   __device__ __forceinline__ Work work_at(int index) const {
@@ -267,16 +267,15 @@ struct Producer {
     if (n >= rows.end) return full.arrive();
     full.arrive_expecting(KV_BYTES);
     constexpr int HALF = K_TILE / 2;
+    const bool both = n < rows.shared_end;
+    const u32 blocks = both ? 3 : 1 << rank;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (n < rows.shared_end && half != int(rank)) continue;
+      if (both && half != rank) continue;
 #pragma unroll
-      for (int panel = 0; panel < PANELS; ++panel) {
-        scalar_t* const place = tile + (panel * K_TILE + half * HALF) * PANEL;
-        const int row = n * K_TILE + half * HALF;
-        if (n < rows.shared_end) tma_load_both(place, map, full, 0, row, panel, rows.kv_head, rows.batch);
-        else tma_load(place, map, full, 0, row, panel, rows.kv_head, rows.batch);
-      }
+      for (int panel = 0; panel < PANELS; ++panel)
+        tma_load_to(blocks, tile + (panel * K_TILE + half * HALF) * PANEL, map, full, 0, n * K_TILE + half * HALF, panel,
+                    rows.kv_head, rows.batch);
     }
   }
 
