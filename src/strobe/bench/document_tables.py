@@ -153,7 +153,7 @@ def _engine_ladder(result: Result) -> str:
         lines.append([name, *kernels, *figures, over])
         before = row["tok_s"]
     case = result.rows[0]["case"]
-    named = case["model"] + (f" ({case['weights']} weights)" if "weights" in case else "")
+    named = engine_tables.model_name(result.rows[0])
     about = f"{named}, one request, prompt {case['prompt']}, output {case['output']}, {case['dtype']}"
     head = [
         "engine",
@@ -198,6 +198,36 @@ def _verify(result: Result) -> str:
     return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
 
 
+def _kernels(result: Result) -> str:
+    lines = [
+        [
+            f"`{row['case']['source']}`",
+            str(row["case"]["variants"]),
+            *(f"{row[field]:.3g}" for field in ("compile_s", "load_ms", "load_ms_median")),
+        ]
+        for row in result.rows
+    ]
+    where = "onto the GPU" if all(row["on_gpu"] for row in result.rows) else "into memory"
+    head = [
+        "source",
+        "variants",
+        "compile, s, the longest",
+        f"load {where}, ms, the longest",
+        "the middle one",
+    ]
+    return f"For {result.rows[0]['case']['arch']}:\n\n{tables.markdown(head, lines)}"
+
+
+def _startup(result: Result) -> str:
+    fields = ("import_s", "network_s", "engine_s", "first_token_s", "total_s")
+    lines = [
+        [engine_tables.model_name(row), row["case"]["cache"], *(f"{row[field]:.3g}" for field in fields)]
+        for row in result.rows
+    ]
+    head = ["model", "kernel cache", "import, s", "weights", "engine", "first token", "in all"]
+    return f"{_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+
+
 def _dtype(result: Result) -> str:
     return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
 
@@ -230,5 +260,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "engine_ladder": ("engine_ladder", _engine_ladder),
     "engine": ("engine", _engine),
     "verify": ("verify", _verify),
+    "kernels": ("kernels", _kernels),
+    "startup": ("startup", _startup),
 }
 """By name: the result file, and what is made of it."""

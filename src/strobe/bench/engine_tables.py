@@ -18,7 +18,7 @@ def table(rows: Sequence[Row]) -> str:
             best[_key(row)] = max(best.get(_key(row), 0.0), row["tok_s"])
     lines, shown = [], None
     for row in rows:
-        model, case = _model(row), case_name(row)
+        model, case = model_name(row), case_name(row)
         figures = ["–" if name not in row else f"{row[name]:.4g}" for name in ("ttft_ms", "tpot_ms", "tok_s")]
         if row["checked"] is False:
             figures = ["WRONG", "", ""]
@@ -35,7 +35,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def line(row: Row) -> str:
     """One row for a terminal, as it comes."""
-    told = f"{_model(row)}, {case_name(row)}, {row['provider']}: "
+    told = f"{model_name(row)}, {case_name(row)}, {row['provider']}: "
     if "tok_s" not in row:
         return told + (f"failed: {row['failed']}" if "failed" in row else "WRONG")
     told += f"{row['tok_s']:.4g} tok/s"
@@ -53,7 +53,8 @@ def case_name(row: Row) -> str:
     return f"batch {case['batch']}, prompt {case['prompt']}, output {case['output']}"
 
 
-def _model(row: Row) -> str:
+def model_name(row: Row) -> str:
+    """ "llama3-8b (random weights)"."""
     case = row["case"]
     return case["model"] + (f" ({case['weights']} weights)" if "weights" in case else "")
 
