@@ -70,8 +70,9 @@ struct Shared {
   u64 bins[2][BINS];   // the block's histogram, which its cluster reads
   u64 board[2];        // the block's part of a reduction
   u64 warps[WARPS];
-  u64 below, upto;
+  u64 below, upto;     // of the digit found
   u32 digit;
+  Row row;
 };
 
 // Buffers that other blocks read come in pairs: one is rewritten only after the meeting that follows its reading.
@@ -169,9 +170,10 @@ __device__ __forceinline__ u64 cluster_reduce(u64 x, Exchange& to) {
 
 // --- a slice --------------------------------------------------------------------------------------------------
 
-// f(value, token) over the slice's values.
+// f(value, token) over the slice's values. Little is unrolled here and below: a launch at batch 1 meets its code cold.
 template <class F>
 __device__ __forceinline__ void each(const Slice& slice, F f) {
+#pragma unroll 2
   for (int i = 4 * threadIdx.x; i < slice.length; i += 4 * THREADS) {
     float x[4];
     load_floats(slice.values + i, x);
@@ -180,38 +182,46 @@ __device__ __forceinline__ void each(const Slice& slice, F f) {
   }
 }
 
-// Puts f(value) in place of each value.
+// Puts f(value, token) in place of each value.
 template <class F>
 __device__ __forceinline__ void replace(const Slice& slice, F f) {
+#pragma unroll 1
   for (int i = 4 * threadIdx.x; i < slice.length; i += 4 * THREADS) {
     float4& x = *reinterpret_cast<float4*>(slice.values + i);
-    x = make_float4(f(x.x), f(x.y), f(x.z), f(x.w));
-  }
-}
-
-// f(VEC values, their place in the slice) over this block's tokens of a row in memory, 16 aligned bytes at a time;
-// -inf beside them.
-template <class F>
-__device__ __forceinline__ void each_loaded(const scalar_t* row, const Slice& slice, F f) {
-#pragma unroll 4
-  for (int i = VEC<scalar_t> * threadIdx.x; i < slice.length; i += VEC<scalar_t> * THREADS) {
     const int token = slice.first + i;
-    float y[VEC<scalar_t>];
-    if (token >= slice.begin && token + VEC<scalar_t> <= slice.end) {
-      load_floats(row + token, y);
-    } else {
-#pragma unroll
-      for (int e = 0; e < VEC<scalar_t>; ++e)
-        y[e] = token + e >= slice.begin && token + e < slice.end ? to_float(row[token + e]) : NEG_INF;
-    }
-    f(y, i);
+    x = make_float4(f(x.x, token), f(x.y, token + 1), f(x.z, token + 2), f(x.w, token + 3));
   }
 }
 
-__device__ __forceinline__ void put(const Slice& slice, int i, const float (&y)[VEC<scalar_t>]) {
+// f(VEC values, their place in the slice) over this block's tokens of a row in memory, AHEAD loads of 16 bytes on
+// their way at a time; then edge(value, place) over those of the 16 bytes that begin and end outside of it.
+template <class F, class Edge>
+__device__ __forceinline__ void each_loaded(const scalar_t* row, const Slice& slice, F f, Edge edge) {
+  constexpr int AHEAD = 4, STEP = VEC<scalar_t> * THREADS;
+  const auto whole = [&](int i) {
+    return slice.first + i >= slice.begin && slice.first + i + VEC<scalar_t> <= slice.end;
+  };
+#pragma unroll 1
+  for (int start = VEC<scalar_t> * threadIdx.x; start < slice.length; start += AHEAD * STEP) {
+    uint4 raw[AHEAD];
 #pragma unroll
-  for (int e = 0; e < VEC<scalar_t>; e += 4)
-    *reinterpret_cast<float4*>(slice.values + i + e) = make_float4(y[e], y[e + 1], y[e + 2], y[e + 3]);
+    for (int u = 0; u < AHEAD; ++u)
+      if (whole(start + u * STEP)) raw[u] = *reinterpret_cast<const uint4*>(row + slice.first + start + u * STEP);
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u)
+      if (whole(start + u * STEP)) {
+        float y[VEC<scalar_t>];
+        to_floats(raw[u], y, scalar_t{});
+        f(y, start + u * STEP);
+      }
+  }
+  const int n = threadIdx.x % VEC<scalar_t>, last = slice.length - VEC<scalar_t>;
+  const int start = threadIdx.x < VEC<scalar_t> ? 0 : last;
+  const bool is_edge = threadIdx.x < VEC<scalar_t> ? last >= 0 : threadIdx.x < 2 * VEC<scalar_t> && last > 0;
+  if (is_edge && !whole(start)) {
+    const int token = slice.first + start + n;
+    edge(token >= slice.begin && token < slice.end ? to_float(row[token]) : NEG_INF, start + n);
+  }
 }
 
 // The block's part of a row. Values begin with the token at the last 16-byte boundary up to its first.
@@ -228,6 +238,17 @@ __device__ __forceinline__ Slice slice_of(const scalar_t* row, int vocab, float*
   slice.values = scratch + i64(blockIdx.x) * (size + PADDING);
 #endif
   return slice;
+}
+
+// The row's logits into the slice.
+__device__ __forceinline__ void load(const scalar_t* row, const Slice& slice) {
+  const auto put = [&](const float (&y)[VEC<scalar_t>], int i) {
+#pragma unroll
+    for (int e = 0; e < VEC<scalar_t>; e += 4)
+      *reinterpret_cast<float4*>(slice.values + i + e) = make_float4(y[e], y[e + 1], y[e + 2], y[e + 3]);
+  };
+  each_loaded(row, slice, put, [&](float x, int i) { slice.values[i] = x; });
+  __syncthreads();
 }
 
 // The likeliest token's key above and ~token below, so that of equals the lowest id wins.
@@ -272,6 +293,7 @@ __device__ __forceinline__ Threshold search(const Slice& slice, Exchange& to, u6
   u32 prefix = 0;
   u64 below = 0;
   for (int shift = 32 - DIGIT;; shift -= DIGIT) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < BINS * COPIES; i += THREADS) shared.low[i] = shared.high[i] = 0;
     __syncthreads();
     each(slice, [&](float x, int) {
@@ -295,6 +317,7 @@ __device__ __forceinline__ Threshold search(const Slice& slice, Exchange& to, u6
     if (threadIdx.x % 32 == 31) shared.warps[threadIdx.x / 32] = before;
     __syncthreads();
     before += below - weight;
+#pragma unroll 1
     for (int warp = 0; warp < threadIdx.x / 32; ++warp) before += shared.warps[warp];
     if (bin < BINS && before < target && (before + weight >= target || bin == BINS - 1))
       shared.digit = bin, shared.below = before, shared.upto = before + weight;
@@ -314,7 +337,7 @@ __device__ __forceinline__ u32 filter(const Row& row, const Slice& slice, Exchan
   if (row.top_k < vocab) kth = search(slice, to, u64(row.top_k), key_of_logit, [](float) { return 1u; });
   const u32 lowest = key_of_logit(row.log_min_p);
   u64 sum = 0;
-  replace(slice, [&](float x) {
+  replace(slice, [&](float x, int) {
     const u32 key = key_of_logit(x);
     if (key > kth.last) return 0.f;
     const float weight = expf(x);
@@ -339,22 +362,22 @@ __device__ __forceinline__ float penalised(float x, int seen, const Row& row) {
 
 // Fill the slice with the row's logits, its penalties, biases and what may not come taken in.
 __device__ __forceinline__ void stage(const Sample& p, const Row& row, const scalar_t* logits, const Slice& slice) {
-  const u32* allowed = row.mask >= 0 ? p.allowed + i64(row.mask) * p.mask_words : nullptr;
-  each_loaded(logits, slice, [&](float (&y)[VEC<scalar_t>], int i) {
-#pragma unroll
-    for (int e = 0; e < VEC<scalar_t>; ++e) {
-      const int token = slice.first + i + e;
-      if (token < slice.begin || token >= slice.end) continue;
-      if (row.counts) {
-        const int seen = row.counts[token];
-        if (seen) y[e] = penalised(y[e], seen, row);
-      }
-      if (allowed && !(allowed[token / 32] >> token % 32 & 1)) y[e] = NEG_INF;
-    }
-    put(slice, i, y);
-  });
+  load(logits, slice);
+  const auto here = [&](int token) { return token >= slice.begin && token < slice.end; };
+  if (row.counts)
+    replace(slice, [&](float x, int token) {
+      const int seen = here(token) ? row.counts[token] : 0;
+      return seen ? penalised(x, seen, row) : x;
+    });
+  if (row.mask >= 0) {
+    const u32* allowed = p.allowed + i64(row.mask) * p.mask_words;
+    replace(slice, [&](float x, int token) {
+      return here(token) && allowed[token / 32] >> token % 32 & 1 ? x : NEG_INF;
+    });
+  }
   __syncthreads();
   const auto edit = [&](int first, int count, auto f) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += THREADS) {
       const Edit edit = p.edits[first + i];
       if (edit.token < slice.begin || edit.token >= slice.end) continue;
@@ -389,6 +412,7 @@ __device__ __forceinline__ int draw(const Row& row, const Slice& slice, Exchange
 
   const u64 bits = mix(row.stream + (u64(row.position) + 1) * 0x9E3779B97F4A7C15ull);
   const u64 wanted = __umul64hi(bits & ~u64(0xfff), total);  // the row's number in [0, 1) x total, rounded down
+#pragma unroll 1
   for (int w = 0; w < warp; ++w) before += to.shared.warps[w];
   if (wanted < before || wanted >= before + to.shared.warps[warp]) return -1;
 
@@ -419,7 +443,7 @@ __device__ __forceinline__ int sample_row(const Sample& p, const Row& row, const
   if (row.temperature == 0.f) return cluster_rank() == 0 && threadIdx.x == 0 ? token_of(best) : -1;
 
   const float highest = value_of(best);
-  replace(slice, [&](float x) { return (x - highest) / row.temperature; });
+  replace(slice, [&](float x, int) { return (x - highest) / row.temperature; });
   return draw(row, slice, to, filter(row, slice, to, p.vocab), token_of(best));
 }
 
@@ -427,13 +451,15 @@ __device__ __forceinline__ int sample_row(const Sample& p, const Row& row, const
 __device__ __forceinline__ int argmax_row(const Sample& p, const scalar_t* logits, Exchange& to) {
   const Slice slice = slice_of(logits, p.vocab, p.scratch);
   u64 best = 0;
-  each_loaded(logits, slice, [&](float (&y)[VEC<scalar_t>], int i) {
+  const auto meet = [&](float x, int i) {
+    const int token = slice.first + i;
+    if (token >= slice.begin && token < slice.end) best = Most::of(best, candidate(x, token));
+  };
+  const auto meet_all = [&](const float (&y)[VEC<scalar_t>], int i) {
 #pragma unroll
-    for (int e = 0; e < VEC<scalar_t>; ++e) {
-      const int token = slice.first + i + e;
-      if (token >= slice.begin && token < slice.end) best = Most::of(best, candidate(y[e], token));
-    }
-  });
+    for (int e = 0; e < VEC<scalar_t>; ++e) best = Most::of(best, candidate(y[e], slice.first + i + e));
+  };
+  each_loaded(logits, slice, meet_all, meet);
   best = cluster_reduce<Most>(best, to);
   return cluster_rank() == 0 && threadIdx.x == 0 ? token_of(best) : -1;
 }
@@ -447,16 +473,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(const __grid_con
   const int clusters = gridDim.x / cluster_size();
   for (int r = blockIdx.x / cluster_size(); r < p.count; r += clusters) {
     const scalar_t* logits = p.logits + r * p.stride;
-    Row row = {};
-    if (p.rows) row = p.rows[r];
-    const bool plain =
-        row.temperature == 0.f && !row.counts && row.mask < 0 && !row.biases && row.position >= row.min_tokens;
-    const int token = !p.rows || plain ? argmax_row(p, logits, to) : sample_row(p, row, logits, to);
-    cluster_sync();  // the row's numbers have been read by all, and so has what blocks show each other
-    if (token < 0) continue;
-    p.tokens[r] = token;
-    if (p.rows) p.rows[r].position = row.position + 1;
-    if (row.counts) row.counts[token] += 2;
+    const Row& row = shared.row;
+    bool plain = true;
+    if (p.rows) {
+      if (threadIdx.x < sizeof(Row) / 4)
+        reinterpret_cast<u32*>(&shared.row)[threadIdx.x] = reinterpret_cast<const u32*>(p.rows + r)[threadIdx.x];
+      __syncthreads();
+      plain = row.temperature == 0.f && !row.counts && row.mask < 0 && !row.biases && row.position >= row.min_tokens;
+    }
+    const int token = plain ? argmax_row(p, logits, to) : sample_row(p, row, logits, to);
+    if (token >= 0) {  // all blocks have met since they read the row
+      p.tokens[r] = token;
+      if (p.rows) p.rows[r].position = row.position + 1;
+      if (p.rows && row.counts) row.counts[token] += 2;
+    }
+    cluster_sync();  // what they show each other has been read
   }
 }
 
@@ -471,11 +502,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) score(const __grid_cons
     const int at = p.rows ? p.rows[r] : r;
     const scalar_t* logits = p.logits + at * p.stride;
     const Slice slice = slice_of(logits, p.vocab, p.scratch);
-    each_loaded(logits, slice, [&](float (&y)[VEC<scalar_t>], int i) { put(slice, i, y); });
-    __syncthreads();
+    load(logits, slice);
     const float highest = value_of(likeliest(slice, to));
     u64 sum = 0;
-    replace(slice, [&](float x) {
+    replace(slice, [&](float x, int) {
       sum += mass(expf(x - highest));
       return x - highest;
     });
