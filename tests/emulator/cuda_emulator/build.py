@@ -29,11 +29,8 @@ _COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURC
 _KERNEL = [
     *_COMMON,
     *("-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=fast"),  # a b + c is one fma, as in CUDA
-    *(
-        "-fsanitize=thread",
-        "--param",
-        "tsan-instrument-func-entry-exit=0",
-    ),  # calls memory.cpp at every access
+    "-fsanitize=thread",  # calls memory.cpp at every access
+    *("--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\((\d+)\)\s+)?([\w ]+?)\s+(\w+)\[\];")
 _BOUNDS = re.compile(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)")

@@ -15,7 +15,14 @@ constexpr char NO_FENCE[] = "the async proxy, and no fence.proxy.async follows a
 
 }  // namespace
 
-Races::Races(int threads, size_t bytes) : now_(threads, 1), fenced_(threads), known_(threads), cells_(bytes / 2 + 1) {}
+Races::Races(int threads, size_t bytes) : now_(threads), fenced_(threads), known_(threads), cells_(bytes / 2 + 1) {}
+
+void Races::begin() {
+  first_ = ++generation_;
+  std::fill(now_.begin(), now_.end(), 1);
+  std::fill(fenced_.begin(), fenced_.end(), 0);
+  for (Clock& known : known_) known.clear();
+}
 
 Races::Conflict Races::access(uint32_t thread, size_t offset, size_t bytes, Access access, uint32_t place) {
   const bool engine = access >= Access::ENGINE_LOAD, store = access == Access::STORE || access == Access::ENGINE_STORE;
@@ -25,7 +32,7 @@ Races::Conflict Races::access(uint32_t thread, size_t offset, size_t bytes, Acce
     const Mark& last = at.store;
     if (!knows(thread, last) && (store || !at.same.time || !knows(thread, at.same)))
       return {RACE, last.thread, last.place};
-    if (engine && !last.engine && last.time && last.time >= fenced_[last.thread])
+    if (engine && !last.engine && last.generation >= first_ && last.time >= fenced_[last.thread])
       return {NO_FENCE, last.thread, last.place};
     if (store) {
       for (const Mark& earlier : {at.same, at.loads[0], at.loads[1]})

@@ -22,6 +22,7 @@ using Clock = std::vector<uint32_t>;  // of each thread of a block; what is miss
 class Races {
  public:
   Races(int threads, size_t bytes);
+  void begin();  // a new block: nobody was anywhere
 
   struct Conflict {  // with an earlier access; none where `what` is null
     const char* what = nullptr;
@@ -64,7 +65,8 @@ class Races {
            (mark.thread < known.size() && mark.time <= known[mark.thread]);
   }
 
-  uint32_t generation_ = 1;  // of older accesses everybody knows
+  uint32_t generation_ = 0;  // of older accesses everybody knows
+  uint32_t first_ = 0;       // of this block
   Clock now_;                // each thread's own time
   Clock fenced_;             // its stores before then are fenced
   std::vector<Clock> known_;  // of the others' times, to each

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "state.h"
 
@@ -165,6 +166,22 @@ std::string stand(const Block& stuck) {
   return report;
 }
 
+// The first of what earlier blocks left, or a new one.
+template <class T, class Make>
+T reuse(std::vector<T>& spare, const Make& make) {
+  if (spare.empty()) spare.push_back(make());
+  T found = std::move(spare.back());
+  spare.pop_back();
+  return found;
+}
+
+char* new_stacks() {
+  void* const room = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(room);
+}
+
 std::unique_ptr<Block> start_block(Dim index) {
   auto fresh = std::make_unique<Block>();
   const Dim size = launch->block;
@@ -172,16 +189,10 @@ std::unique_ptr<Block> start_block(Dim index) {
   fresh->running = size.x * size.y * size.z;
   fresh->threads.resize(fresh->running);
   fresh->waiting_lanes.resize((fresh->running + 31) / 32);
-  fresh->shared.assign(__stop_shared_memory - __start_shared_memory, 0xff);
-  fresh->races = std::make_unique<Races>(fresh->running, fresh->shared.size());
-  if (spare_stacks.empty()) {
-    void* room = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (room == MAP_FAILED) return nullptr;
-    spare_stacks.push_back(static_cast<char*>(room));
-  }
-  fresh->stacks = spare_stacks.back();
-  spare_stacks.pop_back();
+  fresh->shared.assign(__stop_shared_memory - __start_shared_memory, 0xff);  // NaN
+  fresh->races = reuse(spare_races, [&] { return std::make_unique<Races>(fresh->running, fresh->shared.size()); });
+  fresh->races->begin();
+  fresh->stacks = reuse(spare_stacks, new_stacks);
   for (int i = 0; i < fresh->running; ++i) {
     Thread& each = fresh->threads[i];
     each.number = i;
@@ -223,6 +234,17 @@ void run(Block& next) {
   if (!_setjmp(scheduler)) resume_next();
 }
 
+// What a block leaves.
+void end_block(Block& ended) {
+  if (!ended.deferred.empty() && failure.empty())
+    failure = text("%s: block %s ends with copies into its shared memory that nobody waited for", kernel->name,
+                   text(ended.index).c_str());
+  ended.cluster->blocks[ended.rank] = nullptr;
+  spare_stacks.push_back(ended.stacks);
+  spare_races.push_back(std::move(ended.races));
+  loaded = nullptr;
+}
+
 // Clusters run in order, one at a time; where one waits for another, the next starts beside it.
 void run_grid() {
   Blocks started;
@@ -238,11 +260,7 @@ void run_grid() {
         ++i;
         continue;
       }
-      if (!started[i]->deferred.empty())
-        failure = text("%s: block %s ends with copies into its shared memory that nobody waited for", kernel->name,
-                       text(started[i]->index).c_str());
-      started[i]->cluster->blocks[started[i]->rank] = loaded = nullptr;
-      spare_stacks.push_back(started[i]->stacks);
+      end_block(*started[i]);
       started.erase(started.begin() + i);
     }
     if (events || !failure.empty()) continue;
@@ -253,8 +271,10 @@ void run_grid() {
     failure = text("%s: deadlock: every thread waits", kernel->name);
     for (const auto& each : started) failure += stand(*each);
   }
-  for (const auto& each : started) spare_stacks.push_back(each->stacks);
-  loaded = nullptr;
+  for (const auto& each : started) end_block(*each);
+  for (char* stacks : spare_stacks) munmap(stacks, 1024 * STACK_BYTES);
+  spare_stacks.clear();
+  spare_races.clear();
 }
 
 // What is wrong with a launch, as a driver would say.
