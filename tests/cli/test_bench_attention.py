@@ -76,6 +76,7 @@ def test_ladder_times_what_runs_and_tells_what_the_others_need(cli: Cli) -> None
         (("attention", "--tile", "q"), "name=size pairs"),
         (("attention", "--kernel", "torch_naive", "--tile", "q=64"), "torch_naive has no tile size q"),
         (("attention", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("attention", "--host"), "no NVIDIA GPU"),
         (("memory", "--seq", "1k"), "no NVIDIA GPU"),
         (("roofline", "--plot", "x.gif"), "unknown figure format"),
     ],

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from strobe import device as devices
 from strobe import settings
 from strobe.attention import ladder
-from strobe.cli import console
+from strobe.cli import bench_options, console
 from strobe.cli.options import Commit, Device, Json, Plot, Save
 from strobe.errors import StrobeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from strobe.attention.cases import Case
 
 Batch = Annotated[int, typer.Option(help="Rows.")]
 Seq = Annotated[str, typer.Option(help="Lengths, with --sweep several: 512,1k,16k.")]
@@ -34,6 +38,9 @@ Suite = Annotated[
     ),
 ]
 TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
+Host = Annotated[
+    bool, typer.Option("--host", help="Time what a call costs the host instead: strobe.attention and peers.")
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
 
 
@@ -51,6 +58,7 @@ def attention(
     sweep: Annotated[bool, typer.Option("--sweep", help="Time every length of --seq.")] = False,
     suite: Suite = None,
     tile: TileSizes = None,
+    host: Host = False,
     plot: Plot = None,
     csv: Csv = False,
     save: Save = None,
@@ -81,6 +89,9 @@ def attention(
         cases = [prefill_shape(batch, n, heads, kv_heads or heads, head_dim, causal) for n in lengths]
     where = devices.resolve(settings.load(device=device).device).partition(":")[0]
     dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    if host:
+        host_cost(cases, vs, dtype, save=save, commit=commit, json=json)
+        return
     rows, roof = measure(cases, "prefill", kernel, vs, tile, dtype, where)
     bench = (suite or "attention").partition("-")[0]
     result = Result.here(bench, rows, commit=commit, ceilings=roof.as_dict())
@@ -206,6 +217,27 @@ def measure(
             raise
         console.note(f"stopped: {done} of {len(cases)} shapes are measured")
     return rows, roof
+
+
+def host_cost(
+    cases: list[Case], vs: str, dtype: str, *, save: Path | None, commit: str | None, json: bool
+) -> None:
+    """How long a call of `strobe.attention`, and of each peer, keeps the host."""
+    from strobe.bench import host, peers, tables
+
+    devices.resolve("cuda")
+    rows = list(host.measure_all(cases, peers.named([name for name in vs.split(",") if name]), dtype))
+    if bench_options.finish("host", rows, save=save, commit=commit, json=json):
+        return
+    lines = [
+        [
+            tables.case_name(row["case"]),
+            row["provider"],
+            *(f"{row[field]:.4g}" for field in ("host_us", "host_us_min")),
+        ]
+        for row in rows
+    ]
+    console.write_table(["shape", "provider", "host, µs a call", "least"], lines)
 
 
 def length(text: str) -> int:

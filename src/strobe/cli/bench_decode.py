@@ -41,6 +41,7 @@ def decode(
     device: options.Device = None,
     kernel: bench_attention.Kernels = "all",
     vs: Vs = "",
+    host: bench_attention.Host = False,
     plot: options.Plot = None,
     csv: bench_attention.Csv = False,
     save: options.Save = None,
@@ -68,6 +69,9 @@ def decode(
     cases = bench.SUITES[suite] if suite is not None else asked
     where = devices.resolve(settings.load(device=device).device).partition(":")[0]
     dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    if host:
+        bench_attention.host_cost(list(cases), vs, dtype, save=save, commit=commit, json=json)
+        return
     rows, roof = bench_attention.measure(list(cases), "decode", kernel, vs, None, dtype, where)
     tokens = bench.APPENDED if suite is not None else (batch * q_len,)
     if append:
