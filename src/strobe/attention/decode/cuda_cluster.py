@@ -32,7 +32,7 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 @dataclass(frozen=True)
 class Shape(paged.Tiles):
-    """What the kernel is compiled for, and the blocks of a cluster: 1, 2, 4, 8 or 16.
+    """What the kernel is compiled for, and the blocks of a cluster: 1 to 16.
 
     `blocks` of this size are meant to share an SM. `windowed`: a window hides old keys.
     """
