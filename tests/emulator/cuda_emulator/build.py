@@ -28,7 +28,8 @@ _RUNTIME = ("memory.cpp", "threads.cpp", "engines.cpp", "races.cpp")
 _COMMON = "-std=c++20 -fPIC -fvisibility=hidden -fno-gnu-unique -U_FORTIFY_SOURCE -march=native -g1".split()
 _KERNEL = [
     *_COMMON,
-    *("-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=fast"),  # a b + c is one fma, as in CUDA
+    *("-O1", "-w", "-fno-strict-aliasing"),
+    *("-fexpensive-optimizations", "-ffp-contract=fast"),  # a b + c is one fma, as in CUDA
     "-fsanitize=thread",  # calls memory.cpp at every access
     *("--param", "tsan-instrument-func-entry-exit=0"),
 ]
