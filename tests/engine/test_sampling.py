@@ -200,3 +200,19 @@ def test_logprobs_match_numpy():
     np.testing.assert_allclose(chosen, wanted[np.arange(3), tokens], atol=1e-5)
     np.testing.assert_array_equal(ids, np.argsort(-wanted, axis=1)[:, :5])
     np.testing.assert_allclose(values, -np.sort(-wanted, axis=1)[:, :5], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_likeliest_of_equals_is_the_lowest(dtype: torch.dtype) -> None:
+    logits = (2 * torch.randn(9, 70)).round().to(dtype)
+    for x in (logits, logits[:, 3:40], logits.t()):
+        first = [row.index(max(row)) for row in x.tolist()]
+        assert sampling.likeliest(x).tolist() == first
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1 << 32), rows=st.integers(1, 5), n=st.integers(1, 400), share=st.floats(0, 1))
+def test_the_highest_are_those_of_a_sort(seed, rows, n, share):
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
+    count = max(1, round(share * n))
+    assert torch.equal(sampling._highest(x, count), x.sort(dim=-1, descending=True).values[:, :count])

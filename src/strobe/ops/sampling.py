@@ -132,7 +132,7 @@ def _highest(x: torch.Tensor, count: int) -> torch.Tensor:
     values, n = x.numpy(), x.shape[1]
     if 4 * count < n:
         values = np.partition(values, n - count, axis=-1)[:, n - count :]
-    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
+    return torch.from_numpy(np.sort(values, axis=-1)[:, : -count - 1 : -1].copy())
 
 
 def logprobs(

@@ -1,17 +1,17 @@
 // Tokens from logits without a sort: a cluster of blocks draws a row, each holding a slice of it.
 //
-// A row is read once; what follows works on the slices, which shared memory holds. Filters are threshold searches: a histogram of 8 bits of
-// the floats' own patterns narrows the threshold by a digit, so four rounds find it to the last bit, ties included.
-// The draw inverts the cumulative distribution in the order of the token ids.
+// A row is read once; what follows works on the slices, in shared memory. Filters are threshold searches: a histogram
+// over 8 bits of the floats' own patterns narrows the threshold by a digit, so four rounds find it to the last bit,
+// ties included. The draw inverts the cumulative distribution in the order of the token ids.
 //
-// Probabilities are summed as integers (`mass`), and integer sums do not depend on their order: a row draws the
-// same token however many blocks share it, and whatever else is in the batch.
+// Probabilities are summed as integers (`mass`), and integer sums do not depend on their order: a row draws the same
+// token however many blocks share it, and whatever else is in the batch.
 #include "cluster.cuh"
 #include "grid_dependency.cuh"
-#include "reduce.cuh"
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int DIGIT = 8, BINS = 1 << DIGIT;
+static_assert(BINS <= THREADS);
 constexpr int COPIES = 8;       // of the histogram: logits crowd in a few octaves, whose bins many lanes meet
 constexpr int MASS_BITS = 44;   // the likeliest token weighs 2^44, and 2^18 of them fit 64 bits
 constexpr int PADDING = 16;     // values beside a slice's own, so that it begins and ends on 16 bytes
@@ -19,20 +19,22 @@ constexpr u32 ANYTHING = ~0u;   // a limit that keeps every key
 
 // How one row is drawn (ROW of sampling_cuda.py).
 struct Row {
-  u64 stream;       // where the seed's numbers start
-  int* counts;      // [vocab]: 2 x how often it is in the output, + 1 where it is in the prompt; or null
-  int position;     // tokens drawn before: the kernel counts it on
-  int min_tokens;   // before as many, `forbidden` tokens may not come
-  float temperature;  // 0: the likeliest
-  float top_p;
-  float log_min_p;
+  u64 stream;             // where the seed's numbers start
+  int* counts;            // [vocab]: 2 x how often it is in the output, + 1 where it is in the prompt; or null
+  int position;           // tokens drawn before: the kernel counts it on
+  int min_tokens;         // before as many, `forbidden` tokens may not come
+  float temperature;      // 0: the likeliest
+  float top_p, log_min_p;
   int top_k;
   float repetition, presence, frequency;
-  int edits;        // where in `edits` the row's own begin: `biases`, then `forbidden`
+  int edits;              // where in `edits` the row's own begin: `biases` of them, then `forbidden`
   int biases, forbidden;
-  int mask;         // the row of `allowed`, or -1
+  int mask;               // the row of `allowed`, or -1
 };
-struct Edit { int token; float bias; };
+struct Edit {
+  int token;
+  float bias;
+};
 
 struct Sample {
   const scalar_t* logits;  // [rows, vocab]

@@ -147,10 +147,8 @@ def sample(
 def logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, top: int, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `sampling.logprobs`, of the `rows` int32 `[n]` of logits and tokens: all without.
-
-    Of tokens that are equally likely the lowest ids come first.
-    """
+    """As `sampling.logprobs`, of the `rows` int32 `[n]` of logits and tokens: all without. `top` is no more
+    than the vocabulary; of tokens that are equally likely the lowest ids come first."""
     count = logits.shape[0] if rows is None else rows.shape[0]
     chosen = torch.empty(count, dtype=torch.float32, device=logits.device)
     values = torch.empty((count, top), dtype=torch.float32, device=logits.device)
@@ -202,13 +200,15 @@ def _launch(entry: str, logits: torch.Tensor, params: _Sample | _Score) -> None:
     index, vocab = logits.get_device(), params.vocab
     kernel = jit.kernel(_SOURCE, entry, {"scalar_t": _SCALAR[logits.dtype]}, index)
     seen = _gpu(index)
+    holds = entry == "score" or bool(params.rows)  # the likeliest of a row is found on the way
     if seen.arch >= 90:
         blocks = blocks_for(params.count, vocab, seen.sm_count)
-        shared = 0 if entry == "sample" and not params.rows else _slice_bytes(vocab, blocks)
+        shared = _slice_bytes(vocab, blocks) if holds else 0
         grid = params.count * blocks
         kernel(grid, _THREADS, params, shared_bytes=shared, cluster=blocks, programmatic=True)
         return
     grid = min(params.count, 2 * seen.sm_count)
-    scratch = torch.empty(grid * _slice_bytes(vocab, 1), dtype=torch.uint8, device=logits.device)
-    params.scratch = scratch.data_ptr()
+    if holds:
+        scratch = torch.empty(grid * _slice_bytes(vocab, 1), dtype=torch.uint8, device=logits.device)
+        params.scratch = scratch.data_ptr()
     kernel(grid, _THREADS, params)
