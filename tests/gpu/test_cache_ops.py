@@ -46,6 +46,30 @@ def test_append_rotated(
         assert torch.equal(after.flatten(0, 1)[untouched], was.flatten(0, 1)[untouched])
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+@pytest.mark.parametrize(("tokens", "q_heads", "kv_heads", "head_dim"), [(1, 32, 8, 128), (37, 5, 5, 64)])
+def test_append_norms_heads(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, q_heads: int, kv_heads: int, head_dim: int, early: bool
+) -> None:
+    """The norms on the way against norms of their own before it."""
+    fused = (2 * torch.randn(tokens, q_heads + 2 * kv_heads, head_dim, device="cuda")).bfloat16()
+    qk, v = fused.split_with_sizes((q_heads + kv_heads, kv_heads), 1)
+    frequencies = [1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    positions = torch.randint(100_000, (tokens,), device="cuda")
+    turn = rope.angles(positions, rope.signed(frequencies, "cuda"), torch.bfloat16)
+    weights = (torch.rand(2, head_dim, device="cuda") + 0.5).bfloat16()
+    norms = cache.HeadNorms(weights[0], weights[1], 1e-6)
+    slots = torch.randperm(23 * 16, device="cuda")[:tokens]
+    stored = torch.zeros(2, 2, 23, 16, kv_heads, head_dim, device="cuda").bfloat16()
+    want = cache.append_rotated(qk, v, turn, stored[0, 0], stored[0, 1], slots, norms=norms)
+    torch.cuda.synchronize()  # what is read early is there before the kernel just ahead starts
+    monkeypatch.setattr(cache, "FUSES_NORMS", True)
+    monkeypatch.setattr(cache, "READS_EARLY", early)
+    got = cache.append_rotated(qk, v, turn, stored[1, 0], stored[1, 1], slots, norms=norms)
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=2**-5)
+    torch.testing.assert_close(stored[1].float(), stored[0].float(), rtol=2**-6, atol=2**-5)
+
+
 def test_append_saturates_a_float8_cache() -> None:
     k = torch.full((1, 2, 64), 1e4, device="cuda").bfloat16()
     stored = torch.zeros(2, 1, 4, 2, 64, device="cuda").to(FP8)

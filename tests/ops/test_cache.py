@@ -7,12 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strobe.ops import cache, pages, rope
+from strobe.ops.norm import rms_norm_reference
 
 
 @given(
-    tokens=st.integers(1, 9), kv_heads=st.integers(1, 3), group=st.integers(1, 3), seed=st.integers(0, 2**20)
+    tokens=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    normed=st.booleans(),
+    seed=st.integers(0, 2**20),
 )
-def test_append_rotated_is_rope_then_append(tokens: int, kv_heads: int, group: int, seed: int) -> None:
+def test_append_rotated_is_norm_then_rope_then_append(
+    tokens: int, kv_heads: int, group: int, normed: bool, seed: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     q_heads, frequencies = kv_heads * group, [1.0, 0.3, 0.01, 1e-4]
     qk = torch.randn(tokens, q_heads + kv_heads, 8, generator=rng)
@@ -23,7 +30,12 @@ def test_append_rotated_is_rope_then_append(tokens: int, kv_heads: int, group: i
     )
     stored = torch.zeros(2, 3, 4, kv_heads, 8)
     turn = rope.angles(positions, rope.signed(frequencies, "cpu"), qk.dtype)
-    q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots)
+    norms = cache.HeadNorms(*torch.rand(2, 8, generator=rng), 1e-5) if normed else None
+    q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots, norms=norms)
+    if norms is not None:
+        weights = (norms.q, norms.k)
+        parts = zip(qk.split_with_sizes((q_heads, kv_heads), 1), weights, strict=True)
+        qk = torch.cat([rms_norm_reference(x, weight, norms.eps) for x, weight in parts], 1)
     expected = rope.rotate_reference(qk, positions, frequencies)
     torch.testing.assert_close(q, expected[:, :q_heads], atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(stored[0].flatten(0, 1)[slots], expected[:, q_heads:], atol=1e-3, rtol=1e-4)
