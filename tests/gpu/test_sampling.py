@@ -182,6 +182,45 @@ def test_positions_count_on(gpu: bool) -> None:
     assert len({tuple(tokens) for tokens in drawn}) > 1
 
 
+def seed_stream(number: float, position: int) -> int:
+    """The stream whose number at `position` it is: SplitMix64's output function backwards."""
+    mask, z = (1 << 64) - 1, int(number * 2**52) << 12
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        z ^= (z >> shift) ^ (z >> 2 * shift)
+        z = z * pow(factor, -1, 1 << 64) & mask
+    return (z - (position + 1) * 0x9E3779B97F4A7C15) & mask
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(70, 1, 0), (9, 1, 0), (70, 0.8, 0), (25, 0.9, 0.03), (70, 1, 0.1), (1, 0.5, 0)],
+)
+def test_each_token_kept_has_its_stretch_of_numbers(
+    gpu: bool, top_k: int, top_p: float, min_p: float
+) -> None:
+    """A token too many or too few would move the middles of the others' stretches."""
+    rng, vocab, temperature = np.random.default_rng(), 70, 1.25
+    logits = (2.5 * rng.standard_normal(vocab)).round(1 if rng.random() < 0.5 else 6).astype(np.float32)
+    p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    head = p[order[:top_k]] / p[order[:top_k]].sum()
+    last = order[:top_k][(np.cumsum(head) - head < top_p).sum() - 1]
+    p = np.where((p >= p[last]) & (p >= min_p), p, 0)  # with what ties with the last
+    p /= p.sum()
+    kept = np.flatnonzero(p > 1e-4)
+    rows = np.concatenate([sampling_cuda.greedy_row(0, vocab)] * len(kept))
+    rows["temperature"], rows["top_k"], rows["top_p"] = temperature, top_k, top_p
+    rows["log_min_p"] = np.log(np.float32(min_p)) if min_p else -np.inf
+    rows["position"] = rng.integers(0, 1000, len(kept))
+    middles = (np.cumsum(p) - p / 2)[kept]
+    pairs = zip(middles, rows["position"].tolist(), strict=True)
+    rows["stream"] = [seed_stream(middle, position) for middle, position in pairs]
+    table = sampling_cuda.Table(torch.device("cuda"))
+    table.load(rows, np.zeros(0, EDIT))
+    drawn = sampling_cuda.sample(torch.from_numpy(logits).expand(len(kept), -1).contiguous().cuda(), table)
+    assert drawn.tolist() == kept.tolist()
+
+
 def test_distribution(gpu: bool) -> None:
     """Tokens come as often as their probabilities say, and none from outside the filters."""
     rng, vocab = np.random.default_rng(7), 64
