@@ -49,6 +49,16 @@ def test_tiles_without_keys_hold_nobody_up(case: Case) -> None:
     answer(case, None, sm_count=1)
 
 
+def test_packed_tiles_are_all_found() -> None:
+    """More rows than the warp that looks for a tile has lanes, many of them empty; few blocks and many."""
+    rows = tuple(
+        (random.choice([0, 1, 3, random.randint(1, 300)]), random.randint(0, 200)) for _ in range(40)
+    )
+    case = Case("rows", rows, 2, 1, 64, random.choice(["packed", "paged_packed"]), 16, causal=True)
+    for sm_count in (1, 40):
+        answer(case, None, sm_count)
+
+
 WAYS = [
     (64, Tile(early=True)),
     (64, Tile(bulk_store=True)),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from strobe.attention.api import empty_lse
+from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import Verdict, verdict
 from strobe.attention.prefill import cuda_hopper
@@ -67,6 +67,106 @@ def test_long_rows(case: Case, head_dim: int) -> None:
 def test_three_consumers(case: Case) -> None:
     judged = judge(case.inputs(torch.bfloat16, "cuda"), THREE)
     assert judged.right, judged
+
+
+WAYS = {
+    "early": Tile(early=True),
+    "bulk_store": Tile(bulk_store=True),
+    "pair": Tile(pair=True),
+    "all": Tile(early=True, pair=True, bulk_store=True, section_mib=4),
+    "three": Tile(consumers=3, keys=64),
+}
+WAY_CASES = (
+    Case("small", ((512, 512),), 32, 8, causal=True),
+    Case("many", ((300, 300),) * 40, 16, 4, causal=True),
+    Case("odd_tiles", ((640, 1501),) * 9, 16, 16, causal=True),
+    Case("full", ((513, 900),) * 15, 16, 2),
+    Case("one_query", ((1, 70),) * 3, 8, 2),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("case", WAY_CASES, ids=str)
+def test_ways_of_working(case: Case, head_dim: int, way: str) -> None:
+    """Those that choose_tile does not take: right, and the same bits twenty times."""
+    inputs = replace(case, head_dim=head_dim).inputs(torch.bfloat16, "cuda")
+    tile = WAYS[way]
+    assert not cuda_hopper.refusals_for_tile(inputs.problem, tile)
+    judged = judge(inputs, tile)
+    assert judged.right, judged
+    runs = [torch.full_like(inputs.q, float("nan")) for _ in range(20)]
+    for out in runs:
+        cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None, tile)
+    assert all(torch.equal(runs[0], out) for out in runs[1:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_working_in_a_graph(way: str) -> None:
+    """Each launch reads what the one before wrote: one that started too early would read too early."""
+    inputs = Case("chained", ((700, 700),) * 2, 8, 8, causal=True).inputs(torch.bfloat16, "cuda")
+    problem, tile = inputs.problem, WAYS[way]
+    outs = [torch.empty_like(inputs.q) for _ in range(6)]
+
+    def chain() -> None:
+        query = inputs.q
+        for out in outs:
+            cuda_hopper.run(problem, query, inputs.k, inputs.v, out, None, tile)
+            query = out
+
+    chain()
+    eager = [out.clone() for out in outs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(5):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, expected) for out, expected in zip(outs, eager, strict=True))
+    plain = torch.empty_like(inputs.q)
+    cuda_hopper.run(problem, outs[-2], inputs.k, inputs.v, plain, None)
+    torch.testing.assert_close(outs[-1], plain, atol=2e-2, rtol=2e-2)
+
+
+def test_tiles_without_keys_hold_nobody_up() -> None:
+    """More tiles than blocks, most of them past a short row's end or above every key."""
+    short = ((2048, 2048), *((1, 700),) * 63)
+    for case in (
+        Case("mixed", short, 32, 8, layout="paged_packed", page_size=16, causal=True),
+        Case("packed", ((1500, 1500), *((3, 5),) * 200), 8, 8, layout="packed", causal=True),
+        Case("above", ((3000, 100),) * 4, 16, 16, causal=True),
+    ):
+        judged = judge(case.inputs(torch.bfloat16, "cuda"))
+        assert judged.right, (case, judged)
+
+
+def test_prepared_calls_follow_their_tensors() -> None:
+    """attention() prepares once a signature: other tensors, streams and graphs must be followed."""
+    case = Case("planned", ((300, 300),) * 2, 8, 2, causal=True)
+    sets = [case.inputs(torch.bfloat16, "cuda", seed) for seed in range(4)]
+    expected = []
+    for inputs in sets:
+        out = torch.empty_like(inputs.q)
+        cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+        expected.append(out)
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), other):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for inputs, right in zip(sets, expected, strict=True):
+                    out = attention(inputs.q, inputs.k, inputs.v, kernel="cuda_hopper", **inputs.options)
+                    assert torch.equal(out, right)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [attention(i.q, i.k, i.v, kernel="cuda_hopper", **i.options) for i in sets]
+    sets[0].q.neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, right) for out, right in zip(captured[1:], expected[1:], strict=True))
+    assert torch.equal(captured[0], attention(sets[0].q, sets[0].k, sets[0].v, **sets[0].options))
 
 
 @pytest.mark.parametrize("toward", ["first", "last"])

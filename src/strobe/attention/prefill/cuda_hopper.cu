@@ -151,8 +151,8 @@ struct Producer {
   const int rank = PAIR ? cluster_rank() : 0;
   u32 turn = 0;  // PAIR: of who takes the tile that sees more; and the parity of letters
 
-  __device__ __forceinline__ Work work_at(int index) const {
-    auto [head, q_tile] = p.order.at(index);
+  __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
+    auto [head, q_tile] = tile;
     if (PAIR) q_tile = 2 * q_tile + (rank ^ turn);
     Work work = {{}, head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
     if (PACKED_Q) {
@@ -303,39 +303,54 @@ struct Producer {
   }
 
   __device__ __forceinline__ void run() {
-    int index = blockIdx.x / BLOCKS;
-    while (index < p.order.count()) {
-      const Work work = work_at(index);
-      if (!KEYLESS || work.sees_keys()) publish(work);
-      else store_nothing(work);
-      const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len,
-                            work.keys.end, min(work.keys.end, work.other_end)};
-      const int last = max(work.keys.end, work.other_end) - 1;
-      // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold
-      // back a tile of the head that is in L2 now.
-      const int draw_at = min(work.keys.begin + 2, last);
-      int drawn;
-      if (KEYLESS && !work.sees_keys()) drawn = draw();
-      for (int n = last; n >= work.keys.begin; --n) {
-        if (n == last) load_q(work, 0);
-        load_k(rows, n);
-        if (n == last) {
-#pragma unroll
-          for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
-          q_ring.advance();
-        }
-        if (n == draw_at) drawn = draw();
-        load_due_v();
-        due_tile = n, due_rows = rows;
+    int drawn = -1;
+    if constexpr (PACKED_Q) {
+      PackedTileOrder<Q_TILE> order = {p.cu_seqlens_q, p.order.heads / p.q_heads, p.q_heads};
+      for (auto tile = order.at(blockIdx.x); tile.head >= 0; tile = order.at(gridDim.x + drawn))
+        drawn = load(work_at(tile));
+      leave_counter(drawn, order.before * p.q_heads);
+    } else {
+      for (int index = blockIdx.x / BLOCKS; index < p.order.count(); index = gridDim.x / BLOCKS + drawn) {
+        drawn = load(work_at(p.order.at(index)));
+        leave_counter(drawn, p.order.count());
       }
-      drawn = told(drawn);
-      index = gridDim.x / BLOCKS + drawn;
-      if (lane == 0 && rank == 0 && drawn == p.order.count() - 1) atomicExch(p.next_tile, 0);  // every tile has drawn
     }
     load_due_v();
     Work none;
     none.head = -1;
     publish(none);
+  }
+
+  // Each tile draws once: who drew last leaves the counter as it was.
+  __device__ __forceinline__ void leave_counter(int drawn, int tiles) {
+    if (lane == 0 && rank == 0 && drawn == tiles - 1) atomicExch(p.next_tile, 0);
+  }
+
+  // A work and what it needs, but for its last values; returns what was drawn meanwhile.
+  __device__ __forceinline__ int load(const Work& work) {
+    if (!KEYLESS || work.sees_keys()) publish(work);
+    else store_nothing(work);
+    const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len,
+                          work.keys.end, min(work.keys.end, work.other_end)};
+    const int last = max(work.keys.end, work.other_end) - 1;
+    // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
+    // a tile of the head that is in L2 now.
+    const int draw_at = min(work.keys.begin + 2, last);
+    int drawn;
+    if (KEYLESS && !work.sees_keys()) drawn = draw();
+    for (int n = last; n >= work.keys.begin; --n) {
+      if (n == last) load_q(work, 0);
+      load_k(rows, n);
+      if (n == last) {
+#pragma unroll
+        for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
+        q_ring.advance();
+      }
+      if (n == draw_at) drawn = draw();
+      load_due_v();
+      due_tile = n, due_rows = rows;
+    }
+    return told(drawn);
   }
 };
 
