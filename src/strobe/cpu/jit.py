@@ -76,7 +76,8 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 @contextmanager
 def _cache_folder() -> Iterator[None]:
-    """numba's cache is in strobe's own folder while a kernel is defined; NUMBA_CACHE_DIR goes before it."""
+    """numba's cache is in strobe's own folder while a kernel is defined. NUMBA_CACHE_DIR goes before it, and
+    numba's usual places come after it where it cannot be written."""
     from numba.core import config
 
     was = config.CACHE_DIR

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -22,9 +22,12 @@ def parts(count: int, most: int) -> list[tuple[int, int]]:
 
 def run(call: Callable[[int, int], object], ranges: list[tuple[int, int]]) -> None:
     """`call(begin, end)` for every range, the first one by the caller's own thread."""
-    waiting = [_pool().submit(call, *each) for each in ranges[1:]]
-    call(*ranges[0])
-    for future in waiting:
+    others = [_pool().submit(call, *each) for each in ranges[1:]]
+    try:
+        call(*ranges[0])
+    finally:
+        wait(others)  # which write into the caller's memory
+    for future in others:
         future.result()
 
 

@@ -6,10 +6,10 @@ import numba
 import numpy as np
 
 from strobe.cpu.jit import FASTMATH, compiled
-from strobe.cpu.kernel import ONE, exp, floats, longs
+from strobe.cpu.kernel import ONE, exp, floats, halves, longs, widened
 
-_WIDTH = 2048
-"""Columns whose sums are kept at once, over all tokens: 8 KiB of the first cache."""
+_WIDTH = 1 << 15
+"""Columns whose sums are kept at once, over all tokens: they stay in the second cache."""
 _ZERO = np.float32(0.0)
 
 
@@ -30,7 +30,8 @@ def _normed(x, weight, eps, out):
 def _add(x0, x1, x2, x3, w0, w1, w2, w3, sums):
     """Four inputs of one token times their rows of the weight."""
     for j in range(sums.size):
-        sums[j] += x0 * w0[j] + x1 * w1[j] + x2 * w2[j] + x3 * w3[j]
+        b0, b1, b2, b3 = widened(w0[j]), widened(w1[j]), widened(w2[j]), widened(w3[j])
+        sums[j] += x0 * b0 + x1 * b1 + x2 * b2 + x3 * b3
 
 
 @numba.njit(fastmath=FASTMATH)
@@ -42,7 +43,7 @@ def _add_four(x, w0, w1, w2, w3, sums):
     x20, x21, x22, x23 = x[2, 0], x[2, 1], x[2, 2], x[2, 3]
     x30, x31, x32, x33 = x[3, 0], x[3, 1], x[3, 2], x[3, 3]
     for j in range(a0.size):
-        b0, b1, b2, b3 = w0[j], w1[j], w2[j], w3[j]
+        b0, b1, b2, b3 = widened(w0[j]), widened(w1[j]), widened(w2[j]), widened(w3[j])
         a0[j] += x00 * b0 + x01 * b1 + x02 * b2 + x03 * b3
         a1[j] += x10 * b0 + x11 * b1 + x12 * b2 + x13 * b3
         a2[j] += x20 * b0 + x21 * b1 + x22 * b2 + x23 * b3
@@ -70,7 +71,7 @@ def _multiply(x, weight, first, last, sums):
         for token in range(tokens):
             factor, into = x[token, i], sums[token]
             for j in range(into.size):
-                into[j] += factor * row[j]
+                into[j] += factor * widened(row[j])
 
 
 @numba.njit(fastmath=FASTMATH)
@@ -90,41 +91,50 @@ def _swiglu(gate, up):
             row[j] = row[j] / (ONE + exp(-row[j])) * other[j]
 
 
+@numba.njit(fastmath=FASTMATH)
+def _columns(x, weight, bias, biased, swiglu, residual, out, begin, end):
+    """Columns `[begin, end)` of the result, some at a time."""
+    tokens, half = x.shape[0], weight.shape[1] // 2
+    most = min(end - begin, max(16, _WIDTH // tokens // 16 * 16))
+    memory, other = np.empty(tokens * most, np.float32), np.empty(tokens * most if swiglu else 0, np.float32)
+    for first in range(begin, end, most):
+        last = min(end, first + most)
+        shape = (tokens, last - first)
+        sums = memory[: tokens * (last - first)].reshape(shape)
+        _multiply(x, weight, first, last, sums)
+        if biased:
+            _add_bias(bias[first:last], sums)
+        if swiglu:
+            ups = other[: tokens * (last - first)].reshape(shape)
+            _multiply(x, weight, half + first, half + last, ups)
+            if biased:
+                _add_bias(bias[half + first : half + last], ups)
+            _swiglu(sums, ups)
+        for token in range(tokens):
+            into, row = out[token, first:last], sums[token]
+            if residual:
+                for j in range(row.size):
+                    into[j] += row[j]
+            else:
+                for j in range(row.size):
+                    into[j] = row[j]
+
+
 @compiled("void(intp, float32, intp, intp, intp, boolean, boolean, boolean, intp, intp)")
 def project(fixed_at, eps, x_at, out_at, tokens, normed, swiglu, residual, begin, end):
     """Columns `[begin, end)` of the result.
 
     `fixed_at` is the address of int64s: the weight's, the bias's and the norm's address (0 where there is
-    none), inputs, outputs.
+    none), inputs, outputs, and whether the weight is in bfloat16.
     """
-    weight_at, bias_at, norm_at, inputs, outputs = longs(fixed_at, (5,))
-    columns = outputs // 2 if swiglu else outputs
+    weight_at, bias_at, norm_at, inputs, outputs, narrow = longs(fixed_at, (6,))
     x = floats(x_at, (tokens, inputs))
-    weight = floats(weight_at, (inputs, outputs))
-    out = floats(out_at, (tokens, columns))
     if normed:
         given, x = x, np.empty((tokens, inputs), np.float32)
         _normed(given, floats(norm_at, (inputs,)), eps, x)
-    most = min(end - begin, max(16, _WIDTH // tokens // 16 * 16))
-    memory, other = np.empty(tokens * most, np.float32), np.empty(tokens * most if swiglu else 0, np.float32)
-    for first in range(begin, end, most):
-        last = min(end, first + most)
-        width = last - first
-        sums = memory[: tokens * width].reshape((tokens, width))
-        _multiply(x, weight, first, last, sums)
-        if bias_at != 0:
-            _add_bias(floats(bias_at, (outputs,))[first:last], sums)
-        if swiglu:
-            ups = other[: tokens * width].reshape((tokens, width))
-            _multiply(x, weight, columns + first, columns + last, ups)
-            if bias_at != 0:
-                _add_bias(floats(bias_at, (outputs,))[columns + first : columns + last], ups)
-            _swiglu(sums, ups)
-        for token in range(tokens):
-            into, row = out[token, first:last], sums[token]
-            if residual:
-                for j in range(width):
-                    into[j] += row[j]
-            else:
-                for j in range(width):
-                    into[j] = row[j]
+    out = floats(out_at, (tokens, outputs // 2 if swiglu else outputs))
+    bias, biased, shape = floats(bias_at, (outputs,)), bias_at != 0, (inputs, outputs)
+    if narrow:
+        _columns(x, halves(weight_at, shape), bias, biased, swiglu, residual, out, begin, end)
+    else:
+        _columns(x, floats(weight_at, shape), bias, biased, swiglu, residual, out, begin, end)

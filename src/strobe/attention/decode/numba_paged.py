@@ -91,8 +91,12 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
 
 def _ranges(problem: AttentionProblem) -> list[tuple[int, int]]:
     """The key heads of all rows, counted row by row, in parts of equal work: one a thread."""
-    work = np.cumsum(np.repeat([q_len * kv_len for q_len, kv_len in problem.row_lengths()], problem.kv_heads))
-    total = int(work[-1]) if work.size else 0
-    n = max(1, min(torch.get_num_threads(), total * 2 * problem.head_dim // _THREAD_FLOATS))
-    cuts = [0, *(int(np.searchsorted(work, total * i / n)) for i in range(1, n)), work.size]
-    return [(begin, end) for begin, end in pairwise(cuts) if begin < end] or [(0, 0)]
+    lengths, kv_heads = problem.row_lengths(), problem.kv_heads
+    work = [q_len * kv_len * kv_heads for q_len, kv_len in lengths]
+    worth = 2 * problem.head_dim * sum(work) // _THREAD_FLOATS
+    n = min(torch.get_num_threads(), worth)
+    if n <= 1:
+        return [(0, len(work) * kv_heads)]
+    ends = np.cumsum(np.repeat(work, kv_heads))
+    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n) // n).tolist()
+    return [(begin, end) for begin, end in pairwise([0, *cuts, len(ends)]) if begin < end]
