@@ -42,11 +42,22 @@ def chat(
     kernel: options.Kernel = None,
     linear: options.Linear = None,
     kv_cache_gib: options.KvCacheGib = None,
+    gpu_memory_fraction: options.GpuMemoryFraction = None,
+    overlap: options.Overlap = None,
+    graphs: options.Graphs = None,
 ) -> None:
     """Talk with a model. /reset, /save FILE, /help and /exit are commands; Ctrl-C stops an answer."""
     wanted = sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     with load(
-        model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
+        model,
+        device=device,
+        dtype=dtype,
+        kernel=kernel,
+        linear=linear,
+        kv_cache_gib=kv_cache_gib,
+        gpu_memory_fraction=gpu_memory_fraction,
+        overlap=overlap,
+        graphs=graphs,
     ) as llm:
         if llm.tokenizer.chat_template is None:
             raise RequestError(

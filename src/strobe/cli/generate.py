@@ -41,6 +41,10 @@ def generate(
     kernel: options.Kernel = None,
     linear: options.Linear = None,
     kv_cache_gib: options.KvCacheGib = None,
+    gpu_memory_fraction: options.GpuMemoryFraction = None,
+    overlap: options.Overlap = None,
+    graphs: options.Graphs = None,
+    deterministic: options.Deterministic = False,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt before the text.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -64,7 +68,16 @@ def generate(
         raise RequestError("--echo with --json or --prompts, which write the prompt in any case")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt)]
     with load(
-        model, device=device, dtype=dtype, kernel=kernel, linear=linear, kv_cache_gib=kv_cache_gib
+        model,
+        device=device,
+        dtype=dtype,
+        kernel=kernel,
+        linear=linear,
+        kv_cache_gib=kv_cache_gib,
+        gpu_memory_fraction=gpu_memory_fraction,
+        overlap=overlap,
+        graphs=graphs,
+        deterministic=deterministic,
     ) as llm:
         params = fit(llm, wanted, max_tokens=256)
         if prompts:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from strobe import settings
+from strobe.cli import console
 
 if TYPE_CHECKING:
     from strobe.engine import LLM, SamplingParams
@@ -18,16 +19,25 @@ def load(
     dtype: str = "auto",
     kernel: str | None = None,
     linear: str | None = None,
-    kv_cache_gib: float | None = None,
+    **engine: Any,
 ) -> LLM:
-    """An engine on `model` (the bundled one, where None). Flags that are None fall to the settings."""
+    """An engine on `model` (the bundled one, where None). Flags that are None fall to the settings.
+
+    `engine` are fields of EngineConfig.
+    """
     from strobe.engine import LLM, EngineConfig
 
     chosen = settings.load(device=device, kernel=kernel, linear=linear)
-    config = EngineConfig(
-        attention_kernel=chosen.kernel, linear_kernel=chosen.linear, kv_cache_gib=kv_cache_gib
-    )
-    return LLM(model, device=chosen.device, dtype=dtype, config=config)
+    config = EngineConfig(attention_kernel=chosen.kernel, linear_kernel=chosen.linear, **engine)
+    llm = LLM(model, device=chosen.device, dtype=dtype, config=config)
+    tell_memory(llm)
+    return llm
+
+
+def tell_memory(llm: LLM) -> None:
+    """Where a GPU's memory goes, on stderr; a host's is not planned as closely."""
+    if llm.engine.model.device.type == "cuda":
+        console.note(str(llm.engine.memory))
 
 
 def sampling(**flags: Any) -> dict[str, Any]:

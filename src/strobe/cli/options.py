@@ -34,6 +34,30 @@ Linear = Annotated[
 KvCacheGib = Annotated[
     float | None, typer.Option("--kv-cache-gib", help="Memory of the KV cache in GiB.", show_default=False)
 ]
+GpuMemoryFraction = Annotated[
+    float | None,
+    typer.Option(
+        "--gpu-memory-fraction",
+        help="Share of the GPU's memory to take in all.",
+        show_default="what is free, less a part",
+    ),
+]
+Overlap = Annotated[
+    bool | None,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="Launch a step before the one ahead is read.",
+        show_default="no-overlap",
+    ),
+]
+Graphs = Annotated[
+    bool | None,
+    typer.Option("--graphs/--eager", help="Decode by CUDA graphs, on a GPU.", show_default="eager"),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="The same bits for a prompt, whatever is served beside it."),
+]
 
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", "-n", help="Most tokens to write.", show_default="256; chat 512")

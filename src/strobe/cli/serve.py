@@ -10,6 +10,7 @@ import typer
 
 from strobe import settings
 from strobe.cli import console, options
+from strobe.cli.load import tell_memory
 from strobe.errors import MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def serve(
     kernel: options.Kernel = None,
     linear: options.Linear = None,
     kv_cache_gib: options.KvCacheGib = None,
+    gpu_memory_fraction: options.GpuMemoryFraction = None,
+    overlap: options.Overlap = None,
+    graphs: options.Graphs = None,
+    deterministic: options.Deterministic = False,
     host: Annotated[
         str, _flag("--host", help="Address to listen on; 0.0.0.0 for all of this machine's.", panel=_DOOR)
     ] = "127.0.0.1",
@@ -156,11 +161,16 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             kv_cache_gib=kv_cache_gib,
+            gpu_memory_fraction=gpu_memory_fraction,
+            overlap=overlap,
+            graphs=graphs,
+            deterministic=deterministic,
             prefix_cache=not no_prefix_cache,
             attention_kernel=chosen.kernel,
             linear_kernel=chosen.linear,
         )
         with LLM(model, device=chosen.device, dtype=dtype, config=engine_config) as llm:
+            tell_memory(llm)
             _log(requests=log_requests, prompts=log_prompts)
             _warn(config)
             serve_llm(llm, config, bound, lambda: console.write(f"{llm.name} is served on {url_of(bound)}\n"))

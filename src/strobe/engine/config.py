@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from strobe.errors import SettingsError
 
@@ -16,7 +17,12 @@ _INTEGERS = {
     "seed": (0, (1 << 63) - 1),
 }
 _OPTIONAL = ("kv_cache_pages", "max_model_len")
-_SWITCHES = ("prefix_cache", "overlap", "graphs", "deterministic")
+_SWITCHES = ("prefix_cache", "deterministic")
+_OPTIONAL_SWITCHES = ("overlap", "graphs")
+
+ON_GPU = {"overlap": False, "graphs": False}
+"""What None stands for on a GPU: False until they are measured. Elsewhere it is False in any case: a CPU
+runs a step while it is launched, and would only read it late."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class EngineConfig:
     """Pages of the KV cache; None takes `kv_cache_gib`."""
     kv_cache_gib: float | None = None
     """Memory of the KV cache; None takes what `max_num_seqs` full contexts need, bounded by the machine."""
+    gpu_memory_fraction: float | None = None
+    """Share of a GPU's memory that weights, cache and a step may take together, others' included; None
+    leaves a part of what is free."""
     max_num_seqs: int = 256
     """Sequences that run at once; more wait."""
     max_num_batched_tokens: int = 2048
@@ -46,10 +55,11 @@ class EngineConfig:
     """A rung of `strobe.linear`, or several by comma: each product takes the first that fits it."""
     sampling_kernel: str = "auto"
     """How tokens are drawn: "torch" (auto), or "cuda": one launch without a sort."""
-    overlap: bool = False
-    """Schedule and launch a step while the one before it runs, and read what it drew a step late."""
-    graphs: bool = False
-    """On a GPU: steps that only decode are CUDA graphs, padded to few sizes."""
+    overlap: bool | None = None
+    """Schedule and launch a step while the one before it runs, and read what it drew a step late; None
+    as `ON_GPU` says."""
+    graphs: bool | None = None
+    """On a GPU, run steps that only decode as CUDA graphs, padded to few sizes; None as `ON_GPU` says."""
     deterministic: bool = False
     """A greedy request gives the same tokens, to the bit, whatever else is served with it. Nothing is
     reused between prompts then, prompts run one after the other, and a request waits until it can stay."""
@@ -63,8 +73,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise SettingsError(f"{name} is {value!r}; supported: an integer from {low} to {high}")
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
+        for name in (*_SWITCHES, *_OPTIONAL_SWITCHES):
+            optional = name in _OPTIONAL_SWITCHES and getattr(self, name) is None
+            if not optional and not isinstance(getattr(self, name), bool):
                 raise SettingsError(f"{name} is {getattr(self, name)!r}; supported: True or False")
         for name in ("attention_kernel", "linear_kernel", "sampling_kernel"):
             if not isinstance(getattr(self, name), str):
@@ -79,9 +90,26 @@ class EngineConfig:
             raise SettingsError(f"kv_cache_gib is {gib!r}; supported: a positive number")
         if gib is not None and self.kv_cache_pages is not None:
             raise SettingsError("kv_cache_gib and kv_cache_pages are both given", hint="give one of them")
+        fraction = self.gpu_memory_fraction
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if fraction is not None and not (number and 0 < fraction <= 1):
+            raise SettingsError(f"gpu_memory_fraction is {fraction!r}; supported: over 0, up to 1")
+        if fraction is not None and (gib, self.kv_cache_pages) != (None, None):
+            raise SettingsError(
+                "gpu_memory_fraction is given beside a size of the KV cache", hint="give one of them"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise SettingsError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs {self.max_num_seqs}; "
                 "supported: as many tokens as sequences, or more",
                 hint="each running sequence needs a token of every step",
             )
+
+    def on(self, device: str) -> EngineConfig:
+        """With what None stands for on a device of this type, "cpu" or "cuda"."""
+        chosen: dict[str, Any] = {
+            name: device == "cuda" and ON_GPU[name]
+            for name in _OPTIONAL_SWITCHES
+            if getattr(self, name) is None
+        }
+        return replace(self, **chosen)

@@ -12,7 +12,7 @@ from strobe.attention import ladder
 from strobe.engine.config import EngineConfig
 from strobe.engine.detokenizer import Decoder, Detokenizer
 from strobe.engine.kv_cache import KvCache
-from strobe.engine.memory import plan_pages
+from strobe.engine.memory import plan_memory
 from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
 from strobe.engine.sampler import Drawn, Sampled, Sampler, draw_for
@@ -53,7 +53,8 @@ class Engine:
         if config.attention_kernel != "auto":
             ladder.find(config.attention_kernel, "decode")
         linear_ladder.named(config.linear_kernel)
-        plan = plan_pages(model, config)
+        config = config.on(model.device.type)
+        self.memory = plan = plan_memory(model, config)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -245,7 +246,7 @@ class Engine:
             if reason is not None:
                 self._told.append(self._finish(sequence, reason, stop_reason, text))
             elif request.stream:
-                self._told.append(_chunk(sequence, text))
+                self._told.append(sequence.chunk(text))
 
     def _stop(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, str | int | None, str]:
         """Whether the token ends the sequence, the stop token or string that did, and the text it settles."""
@@ -284,25 +285,9 @@ class Engine:
         if request.finished:
             with self._live_lock:
                 self._live.pop(request.request_id, None)
-        return _chunk(sequence, text if request.stream else sequence.text)
+        return sequence.chunk(text if request.stream else sequence.text)
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:
         if self.tokenizer is None:
             return None
         return Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop)
-
-
-def _chunk(sequence: Sequence, text: str) -> StreamChunk:
-    """What the sequence has gained since its last chunk."""
-    request, start = sequence.request, sequence.sent
-    sequence.sent = len(sequence.output)
-    return StreamChunk(
-        request_id=request.request_id,
-        index=sequence.index,
-        text=text,
-        token_ids=tuple(sequence.tokens[sequence.prompt_len + start :]),
-        logprobs=tuple(sequence.logprobs[start:]),
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        metrics=request.metrics(sequence.finished_at) if request.finished else None,
-    )

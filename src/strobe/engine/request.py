@@ -210,6 +210,21 @@ class Sequence:
         """Its tokens, the unread one too."""
         return len(self.tokens) + self.unread
 
+    def chunk(self, text: str) -> StreamChunk:
+        """What it has gained since its last chunk; `text` is what that settled."""
+        request, start = self.request, self.sent
+        self.sent = len(self.output)
+        return StreamChunk(
+            request_id=request.request_id,
+            index=self.index,
+            text=text,
+            token_ids=tuple(self.output[start:]),
+            logprobs=tuple(self.logprobs[start:]),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            metrics=request.metrics(self.finished_at) if request.finished else None,
+        )
+
     def completion(self) -> CompletionOutput:
         return CompletionOutput(
             self.index,
