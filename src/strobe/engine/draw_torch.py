@@ -13,18 +13,24 @@ from strobe.ops import sampling
 
 
 class _Rows:
-    """What stays as it is while the same sequences draw: numbers by row, indices of who needs what."""
+    """What stays as it is while the same sequences draw: numbers by row, and who needs what.
+
+    Lists of rows have their twins `..._at` on the device: indexing by a list waits for it.
+    """
 
     def __init__(self, sequences: tuple[Sequence, ...], vocab: int, device: torch.device) -> None:
         params = [sequence.params for sequence in sequences]
         self.sequences = sequences
         self.plain = all(p.plain for p in params)
+        if self.plain:
+            return  # nothing else is looked at
         self.bound = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
         self.penalised = [row for row, p in enumerate(params) if p.penalised]
+        self.penalised_at = _column(self.penalised, device, torch.int64)
         self.at_least = [row for row, p in enumerate(params) if p.min_tokens > 0]
-        biased = [(row, *item) for row, p in enumerate(params) for item in p.biases]
-        self.biased = tuple(zip(*biased, strict=True)) if biased else ()
+        self.biases = _biases(params, device)
         self.random = [row for row, p in enumerate(params) if not p.greedy]
+        self.random_at = _column(self.random, device, torch.int64)
         drawing = [params[row] for row in self.random]
         self.seeds = np.array([sequences[row].seed for row in self.random], dtype=np.uint64)
         self.temperature = _column([p.temperature for p in drawing], device)
@@ -56,7 +62,7 @@ class TorchDraw:
             return self._draw_random(logits, rows)
         token_ids = sampling.likeliest(logits)
         if rows.random:
-            token_ids[rows.random] = self._draw_random(logits[rows.random], rows)
+            token_ids[rows.random_at] = self._draw_random(logits[rows.random_at], rows)
         return token_ids
 
     def logprobs(
@@ -64,7 +70,8 @@ class TorchDraw:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `sampling.logprobs`, of some rows of both or of all."""
         if rows is not None and len(rows) < len(tokens):
-            logits, tokens = logits[rows], tokens[rows]
+            at = _column(rows, logits.device, torch.int64)
+            logits, tokens = logits[at], tokens[at]
         return sampling.logprobs(logits, tokens, top)
 
     def _edited(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
@@ -78,21 +85,22 @@ class TorchDraw:
             if token < vocab
         ]
         bound = [row for row in rows.bound if sequences[row].finish_reason is None]
-        if not (forbidden or rows.penalised or rows.biased or bound):
+        if not (forbidden or rows.penalised or rows.biases or bound):
             return logits
-        logits = logits.float().clone()
+        logits = logits.to(torch.float32, copy=True)
         if rows.penalised:
             penalties = _penalties([sequences[row] for row in rows.penalised], vocab, logits.device)
-            logits[rows.penalised] = sampling.penalise(logits[rows.penalised], penalties)
+            logits[rows.penalised_at] = sampling.penalise(logits[rows.penalised_at], penalties)
         if forbidden:
-            at, tokens = zip(*forbidden, strict=True)
-            logits[list(at), list(tokens)] = -torch.inf
-        if rows.biased:
-            at, tokens, biases = rows.biased
-            logits[list(at), list(tokens)] += torch.tensor(biases).to(logits.device)
+            at, tokens = (_column(each, logits.device, torch.int64) for each in zip(*forbidden, strict=True))
+            logits[at, tokens] = -torch.inf
+        if rows.biases:
+            at, tokens, biases = rows.biases
+            logits[at, tokens] += biases
         if bound:
-            allowed = _allowed([sequences[row] for row in bound], vocab)
-            logits[bound] = logits[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
+            at = _column(bound, logits.device, torch.int64)
+            allowed = _allowed([sequences[row] for row in bound], vocab).to(logits.device)
+            logits[at] = logits[at].masked_fill(~allowed, -torch.inf)
         return logits
 
     def _draw_random(self, logits: torch.Tensor, rows: _Rows) -> torch.Tensor:
@@ -105,6 +113,21 @@ def _column(
     values: SequenceOf[float], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def _biases(
+    params: SequenceOf[SamplingParams], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Rows, tokens and what is added to their logits; the last of a token's biases counts."""
+    biased = [(row, *item) for row, p in enumerate(params) for item in dict(p.biases).items()]
+    if not biased:
+        return None
+    rows, tokens, biases = zip(*biased, strict=True)
+    return (
+        _column(rows, device, torch.int64),
+        _column(tokens, device, torch.int64),
+        _column(biases, device),
+    )
 
 
 def _filters(params: SequenceOf[SamplingParams], vocab: int, device: torch.device) -> sampling.Filters | None:
