@@ -6,12 +6,26 @@ Outputs are poisoned with NaN, and so is every slot of the cache that holds no k
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
+from decode_cases import (
+    FP8_SHAPES,
+    LONG,
+    ONE_ROW,
+    OTHER_RANDOM,
+    PLAIN,
+    PLAIN_VARIANTS,
+    RAGGED,
+    RANDOM,
+    VARIANTS,
+    Variant,
+    compile_all,
+    fp8_case,
+    problem_of,
+    random_case,
+)  # fmt: skip
 
 from strobe.attention import ladder, paged
 from strobe.attention.api import empty_lse
@@ -19,8 +33,7 @@ from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
 from strobe.attention.inputs import describe
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Options, Paged
-from strobe.cuda import jit
+from strobe.attention.problem import Options, Paged
 from strobe.ops import cache, rope
 
 pytestmark = pytest.mark.gpu
@@ -30,60 +43,40 @@ PAGED = [case for case in CORRECTNESS if case.layout.startswith("paged")]
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A production rung and what differs from the shape that it chooses."""
-
-    name: str
-    rung: Any
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def shape(self, problem: AttentionProblem) -> Any:
-        return replace(self.rung.choose_shape(problem), **self.changes)
-
-    def run(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        problem = inputs.problem
-        if reasons := self.rung.refusals(problem):
-            pytest.skip(f"{self.rung.__name__} refuses: {'; '.join(reasons)}")
-        out = torch.full_like(inputs.q, float("nan"), memory_format=torch.contiguous_format)
-        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-        self.rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse, self.shape(problem))
-        return out, lse
-
-    def wrong(self, inputs: Inputs) -> str | None:
-        judged = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, *self.run(inputs))
-        return None if judged.right else str(judged)
-
-
-VARIANTS = (
-    Variant("paged", cuda_paged),
-    Variant("paged_numbered", cuda_paged, {"tickets": True, "early": paged.HINTS}),
-    Variant("paged_early", cuda_paged, {"early": paged.READS, "read_once": True}),
-    Variant("cluster", cuda_cluster),
-    Variant("cluster_early", cuda_cluster, {"early": paged.READS, "read_once": True}),
-    Variant("cluster_of_2", cuda_cluster, {"cluster": 2, "early": paged.HINTS}),
-)
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-plain = pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3]], ids=str)
+plain = pytest.mark.parametrize("variant", list(PLAIN_VARIANTS), ids=str)
 
 
-def compile_for(variant: Variant, problems: Sequence[AttentionProblem]) -> None:
-    """All at once: the tests' time is the compiler's."""
-    fitting = [problem for problem in problems if not variant.rung.refusals(problem)]
-    jit.warm([variant.rung.source(variant.shape(problem)) for problem in fitting], jit.arch_of())
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    compile_all(
+        (
+            *(
+                (variant, problem_of(case))
+                for variant in VARIANTS
+                for case in (PLAIN, RAGGED, RANDOM, ONE_ROW)
+            ),
+            *((variant, problem_of(case)) for variant in PLAIN_VARIANTS for case in (*LONG, OTHER_RANDOM)),
+            *(
+                (variant, problem_of(fp8_case(dim, q_len), dtype, "float8_e4m3fn"))
+                for variant in PLAIN_VARIANTS
+                for dim, q_len, dtype in FP8_SHAPES
+            ),
+        )
+    )
 
 
 @pytest.mark.parametrize("rung", RUNGS, ids=str)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)], ids=str)
 def test_case_table(rung: ladder.Rung, head_dim: int, dtype: torch.dtype) -> None:
-    drawn = [(case, replace(case, head_dim=head_dim).inputs(dtype, "cuda")) for case in PAGED]
+    cases = [replace(case, head_dim=head_dim) for case in PAGED]
     if rung.module in (cuda_paged, cuda_cluster):
-        compile_for(Variant("", rung.module), [inputs.problem for _, inputs in drawn])
+        few = [case for case in cases if max(q for q, _ in case.rows) <= paged.MAX_Q_LEN]
+        name = str(dtype).removeprefix("torch.")
+        compile_all((Variant("", rung.module), problem_of(case, name)) for case in few)
     ran, failures, reasons = 0, [], set()
-    for case, inputs in drawn:
+    for case in cases:
+        inputs = case.inputs(dtype, "cuda")
         problem = inputs.problem
         if refused := rung.refusals(problem):
             reasons.update(refused)
@@ -100,44 +93,15 @@ def test_case_table(rung: ladder.Rung, head_dim: int, dtype: torch.dtype) -> Non
         pytest.skip(f"{rung} refuses: {'; '.join(sorted(reasons)[:3])}")
 
 
-def random_case(seed: int) -> Case:
-    """Lengths around page borders, any page size, group, chunk, window, softcap and sinks."""
-    draw = random.Random(seed)
-    page_size = draw.choice([1, 2, 5, 16, 16, 48, 64, 100, 256])
-    kv_heads = draw.choice([1, 2, 4])
-    packed = draw.random() < 0.3
-    q_len = draw.choice([1, 1, 1, 2, 4, 7, 16])
-    lens = [0, 1, page_size - 1, page_size, page_size + 1, draw.randint(1, 3000), draw.randint(1, 300)]
-    rows = tuple(
-        (draw.randint(0 if i else 1, q_len) if packed else q_len, n)
-        for i, n in enumerate(draw.sample(lens, draw.randint(1, 7)))
-    )
-    return Case(
-        f"random_{seed}",
-        rows,
-        q_heads=kv_heads * draw.choice([1, 2, 3, 4, 8, 16]),
-        kv_heads=kv_heads,
-        head_dim=draw.choice(paged.HEAD_DIMS),
-        layout="paged_packed" if packed else "paged",
-        page_size=page_size,
-        causal=draw.random() < 0.8,
-        window=(draw.choice([UNLIMITED, UNLIMITED, 0, 40]), draw.choice([UNLIMITED, 0, 3])),
-        softcap=draw.choice([0.0, 0.0, 15.0]),
-        sinks=draw.random() < 0.3,
-        values=draw.choice(["normal", "normal", "large", "equal"]),
-    )
-
-
 @variants
 def test_random_caches(variant: Variant) -> None:
-    seeds = [random.randrange(2**31) for _ in range(10)]
-    cases = [random_case(seed) for seed in seeds]
-    drawn = [case.inputs(random.choice([torch.bfloat16, torch.float16]), "cuda") for case in cases]
-    compile_for(variant, [inputs.problem for inputs in drawn])
+    cases = [random_case(random.randrange(2**31)) for _ in range(10)]
+    dtype = random.choice(["bfloat16", "float16"])
+    compile_all((variant, problem_of(case, dtype)) for case in cases)
     failures = [
-        f"{case!r} in {inputs.q.dtype}: {failure}"
-        for case, inputs in zip(cases, drawn, strict=True)
-        if (failure := variant.wrong(inputs))
+        f"{case!r} in {dtype}: {failure}"
+        for case in cases
+        if (failure := variant.wrong(case.inputs(getattr(torch, dtype), "cuda")))
     ]
     assert not failures, "\n".join(failures)
 
@@ -145,36 +109,19 @@ def test_random_caches(variant: Variant) -> None:
 @variants
 def test_rows_with_fewer_queries_than_others(variant: Variant) -> None:
     """Packed rows of 0 to 7 queries, 16 heads a group: most rows lack most blocks of query rows."""
-    rows = ((1, 900), (0, 1300), (7, 7), (2, 0), (0, 64), (5, 2000))
-    inputs = Case("ragged", rows, 32, 2, 128, "paged_packed", causal=True).inputs(torch.bfloat16, "cuda")
-    assert variant.wrong(inputs) is None
+    assert variant.wrong(RAGGED.inputs(torch.bfloat16, "cuda")) is None
 
 
 @plain
-@pytest.mark.parametrize(
-    ("lens", "q_heads", "kv_heads", "head_dim"),
-    [
-        ([70_000], 32, 8, 128),
-        ([9_001, 8_864, 8_727], 8, 8, 64),
-        ([20_000], 16, 1, 128),
-        ([1_500 - 7 * i for i in range(70)], 16, 4, 128),
-        ([40_000, *(37 * i % 900 for i in range(90))], 8, 2, 128),
-    ],
-    ids=["long", "heads", "one head", "batch", "one long row"],
-)
-def test_long_rows_are_split_and_merged(
-    variant: Variant, lens: list[int], q_heads: int, kv_heads: int, head_dim: int
-) -> None:
-    case = Case("long", tuple((1, n) for n in lens), q_heads, kv_heads, head_dim, "paged", causal=True)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_rows_are_split_and_merged(variant: Variant, case: Case) -> None:
     assert variant.wrong(case.inputs(torch.bfloat16, "cuda")) is None
 
 
 @plain
 def test_rows_may_share_pages(variant: Variant) -> None:
     """A common prefix, as a prefix cache gives it."""
-    inputs = Case("shared", ((1, 500), (1, 700), (1, 333)), 8, 2, 128, "paged", causal=True).inputs(
-        torch.bfloat16, "cuda"
-    )
+    inputs = PLAIN.inputs(torch.bfloat16, "cuda")
     inputs.options["layout"].page_table[:, :10] = inputs.options["layout"].page_table[1, :10].clone()
     assert variant.wrong(inputs) is None
 
@@ -182,15 +129,15 @@ def test_rows_may_share_pages(variant: Variant) -> None:
 @plain
 def test_layers_of_one_cache_and_strided_queries(variant: Variant) -> None:
     """k and v as one layer's slice of a larger cache, q as a slice of a fused projection."""
-    inputs = Case("", ((1, 300), (1, 45)), 8, 2, 128, "paged", causal=True).inputs(torch.bfloat16, "cuda")
+    inputs = PLAIN.inputs(torch.bfloat16, "cuda")
     pages = torch.randn(5, inputs.k.shape[0], 2, *inputs.k.shape[1:], device="cuda").bfloat16()
-    q = torch.randn(2, 1, 12, 128, device="cuda").bfloat16()[:, :, 2:10]
+    q = torch.randn(3, 1, 12, 128, device="cuda").bfloat16()[:, :, 2:10]
     assert variant.wrong(Inputs(q, pages[3, :, 0], pages[3, :, 1], inputs.options)) is None
 
 
 @variants
 def test_repeats_give_the_same_bits(variant: Variant) -> None:
-    for case in (random_case(3), Case("b1", ((1, 8192),), 32, 8, 128, "paged", causal=True)):
+    for case in (RANDOM, ONE_ROW):
         inputs = case.inputs(torch.bfloat16, "cuda")
         first_out, first_lse = variant.run(inputs)
         for _ in range(20):
@@ -288,7 +235,7 @@ def test_chain_of_append_and_attention(variant: Variant) -> None:
 
 @plain
 def test_two_streams_at_once(variant: Variant) -> None:
-    both = [random_case(seed).inputs(torch.bfloat16, "cuda") for seed in (3, 11)]
+    both = [case.inputs(torch.bfloat16, "cuda") for case in (RANDOM, OTHER_RANDOM)]
     expected = [variant.run(inputs)[0] for inputs in both]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in both]
@@ -303,21 +250,9 @@ def test_two_streams_at_once(variant: Variant) -> None:
 
 
 @plain
-@pytest.mark.parametrize(
-    ("head_dim", "q_len", "dtype"),
-    [
-        (64, 5, torch.float16),
-        (96, 1, torch.bfloat16),
-        (128, 1, torch.bfloat16),
-        (128, 5, torch.float16),
-        (192, 5, torch.bfloat16),
-        (256, 1, torch.float16),
-    ],
-)
-def test_float8_cache_with_scales(variant: Variant, head_dim: int, q_len: int, dtype: torch.dtype) -> None:
-    lens = (0, 1, 15, 16, 17, 400, 2111)
-    case = Case("fp8", tuple((q_len, n) for n in lens), 8, 2, head_dim, "paged", causal=True)
-    inputs = case.inputs(dtype, "cuda")
+@pytest.mark.parametrize(("head_dim", "q_len", "dtype"), FP8_SHAPES)
+def test_float8_cache_with_scales(variant: Variant, head_dim: int, q_len: int, dtype: str) -> None:
+    inputs = fp8_case(head_dim, q_len).inputs(getattr(torch, dtype), "cuda")
     k, v = inputs.k.to(FP8), inputs.v.to(FP8)  # NaN stays NaN
     k_scale, v_scale = torch.rand(2, 2, device="cuda").add_(0.25)
     layout = replace(inputs.options["layout"], k_scale=k_scale, v_scale=v_scale)

@@ -1,0 +1,148 @@
+"""What test_decode_rungs.py runs: the production rungs' variants, and the cases."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from strobe.attention import paged
+from strobe.attention.api import empty_lse
+from strobe.attention.cases import Case, Inputs
+from strobe.attention.check import verdict
+from strobe.attention.decode import cuda_cluster, cuda_paged
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
+from strobe.cuda import jit
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A production rung and what differs from the shape that it chooses."""
+
+    name: str
+    rung: Any
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def shape(self, problem: AttentionProblem) -> Any:
+        return replace(self.rung.choose_shape(problem), **self.changes)
+
+    def run(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        problem = inputs.problem
+        if reasons := self.rung.refusals(problem):
+            pytest.skip(f"{self.rung.__name__} refuses: {'; '.join(reasons)}")
+        out = torch.full_like(inputs.q, float("nan"), memory_format=torch.contiguous_format)
+        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
+        self.rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse, self.shape(problem))
+        return out, lse
+
+    def wrong(self, inputs: Inputs) -> str | None:
+        judged = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, *self.run(inputs))
+        return None if judged.right else str(judged)
+
+
+VARIANTS = (
+    Variant("paged", cuda_paged),
+    Variant("paged_numbered", cuda_paged, {"tickets": True, "early": paged.HINTS}),
+    Variant("paged_early", cuda_paged, {"early": paged.READS, "read_once": True}),
+    Variant("cluster", cuda_cluster),
+    Variant("cluster_early", cuda_cluster, {"early": paged.READS, "read_once": True}),
+    Variant("cluster_of_2", cuda_cluster, {"cluster": 2, "early": paged.HINTS}),
+)
+PLAIN_VARIANTS = (VARIANTS[0], VARIANTS[3])
+
+PLAIN = Case("plain", ((1, 500), (1, 700), (1, 333)), 8, 2, 128, "paged", causal=True)
+ONE_ROW = Case("one_row", ((1, 8192),), 32, 8, 128, "paged", causal=True)
+RAGGED = Case(
+    "ragged",
+    ((1, 900), (0, 1300), (7, 7), (2, 0), (0, 64), (5, 2000)),
+    32,
+    2,
+    128,
+    "paged_packed",
+    causal=True,
+)
+LONG = tuple(
+    Case(name, tuple((1, n) for n in lens), *heads, "paged", causal=True)
+    for name, lens, heads in (
+        ("long", [70_000], (32, 8, 128)),
+        ("heads", [9_001, 8_864, 8_727], (8, 8, 64)),
+        ("one_head", [20_000], (16, 1, 128)),
+        ("batch", [1_500 - 7 * i for i in range(70)], (16, 4, 128)),
+        ("one_long_row", [40_000, *(37 * i % 900 for i in range(90))], (8, 2, 128)),
+    )
+)
+FP8_SHAPES = [
+    (64, 5, "float16"),
+    (96, 1, "bfloat16"),
+    (128, 1, "bfloat16"),
+    (128, 5, "float16"),
+    (192, 5, "bfloat16"),
+    (256, 1, "float16"),
+]
+
+
+def fp8_case(head_dim: int, q_len: int) -> Case:
+    lens = (0, 1, 15, 16, 17, 400, 2111)
+    return Case("fp8", tuple((q_len, n) for n in lens), 8, 2, head_dim, "paged", causal=True)
+
+
+def random_case(seed: int) -> Case:
+    """Lengths around page borders, any page size, group, chunk, window, softcap and sinks."""
+    draw = random.Random(seed)
+    page_size = draw.choice([1, 2, 5, 16, 16, 48, 64, 100, 256])
+    kv_heads = draw.choice([1, 2, 4])
+    packed = draw.random() < 0.3
+    q_len = draw.choice([1, 1, 1, 2, 4, 7, 16])
+    lens = [0, 1, page_size - 1, page_size, page_size + 1, draw.randint(1, 3000), draw.randint(1, 300)]
+    rows = tuple(
+        (draw.randint(0 if i else 1, q_len) if packed else q_len, n)
+        for i, n in enumerate(draw.sample(lens, draw.randint(1, 7)))
+    )
+    return Case(
+        f"random_{seed}",
+        rows,
+        q_heads=kv_heads * draw.choice([1, 2, 3, 4, 8, 16]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice(paged.HEAD_DIMS),
+        layout="paged_packed" if packed else "paged",
+        page_size=page_size,
+        causal=draw.random() < 0.8,
+        window=(draw.choice([UNLIMITED, UNLIMITED, 0, 40]), draw.choice([UNLIMITED, 0, 3])),
+        softcap=draw.choice([0.0, 0.0, 15.0]),
+        sinks=draw.random() < 0.3,
+        values=draw.choice(["normal", "normal", "large", "equal"]),
+    )
+
+
+RANDOM, OTHER_RANDOM = random_case(3), random_case(11)
+
+
+def problem_of(case: Case, dtype: str = "bfloat16", kv_dtype: str | None = None) -> AttentionProblem:
+    """What decides a case's shape, without its data."""
+    return AttentionProblem(
+        batch=len(case.rows),
+        q_len=max(q for q, _ in case.rows),
+        kv_len=max(kv for _, kv in case.rows),
+        q_heads=case.q_heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        window=case.window,
+        softcap=case.softcap,
+        sinks=True if case.sinks else None,
+        layout=Paged(None, None),
+        page_size=case.page_size,
+    )
+
+
+def compile_all(jobs: Iterable[tuple[Variant, AttentionProblem]]) -> None:
+    """Side by side: most of these tests' time is the compiler's."""
+    jit.warm([variant.rung.source(variant.shape(problem)) for variant, problem in jobs], jit.arch_of())
