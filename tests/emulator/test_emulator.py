@@ -71,6 +71,11 @@ MISTAKES = {
         SHARED + "__shared__ Barrier full;\nif (!i) full.init(1), bulk_copy(x, in, 256, full);",
         "copies into its shared memory that nobody waited for",
     ),
+    "past a register array's end": (
+        I + "float x[4] = {};\nfor (int j = 0; j <= n / 16; ++j) x[j] = in[j];\nout[i] = x[i % 4];",
+        "attempt.cu:6: an index past the end of an array",
+    ),
+    "division by zero": (I + "out[i] = 64 / (n - 64);", "attempt.cu:5: an integer divided by zero"),
     "an arrival before init": ("__shared__ Barrier full;\nfull.arrive();", "not initialised"),
 }
 

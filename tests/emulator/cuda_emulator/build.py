@@ -30,7 +30,7 @@ _KERNEL = [
     *_COMMON,
     *("-O1", "-w", "-fno-strict-aliasing"),
     *("-fexpensive-optimizations", "-ffp-contract=fast"),  # a b + c is one fma, as in CUDA
-    "-fsanitize=thread",  # calls memory.cpp at every access
+    "-fsanitize=thread,bounds,shift,integer-divide-by-zero",  # call memory.cpp at every access and mistake
     *("--param", "tsan-instrument-func-entry-exit=0"),
 ]
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:__align__\((\d+)\)\s+)?([\w ]+?)\s+(\w+)\[\];")

@@ -14,7 +14,7 @@ __attribute__((section("shared_memory"), aligned(1024))) unsigned char dynamic[S
 
 namespace {
 
-extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;  // of this library
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], _end[];  // of this library
 
 size_t dynamic_offset = 0;
 
@@ -40,7 +40,7 @@ bool may_touch(const void* address, size_t bytes) {
     const size_t offset = at - uintptr_t(dynamic) - dynamic_offset;
     return offset < launch->shared_bytes && offset + bytes <= launch->shared_bytes;
   }
-  const bool in_library = at >= uintptr_t(&__ehdr_start) && at < uintptr_t(&_end);  // constants, static shared memory
+  const bool in_library = at >= uintptr_t(__ehdr_start) && at < uintptr_t(_end);  // constants, static shared memory
   return in_tensor(at, bytes) || in_library || in_own_stack(address);
 }
 
@@ -64,12 +64,12 @@ std::string surroundings(const void* address, size_t bytes) {
 
 // A place in the sources in 32 bits: an instruction (a return address) or a call (a source_location), in this library.
 constexpr uint32_t CALL = 1u << 31;
-uint32_t place_of(void* from) { return static_cast<char*>(from) - &__ehdr_start; }
-uint32_t place_of(Where where) { return (std::bit_cast<char*>(where) - &__ehdr_start) | CALL; }
+uint32_t place_of(void* from) { return static_cast<char*>(from) - __ehdr_start; }
+uint32_t place_of(Where where) { return (std::bit_cast<char*>(where) - __ehdr_start) | CALL; }
 
 std::string text_of(uint32_t place) {
   if (!(place & CALL)) return text("@%x", place);  // kernel.py finds the line
-  const Where where = std::bit_cast<Where>(&__ehdr_start + (place & ~CALL));
+  const Where where = std::bit_cast<Where>(__ehdr_start + (place & ~CALL));
   return text("%s:%d", name_of(where), int(where.line()));
 }
 
@@ -217,6 +217,19 @@ EMULATOR_ACCESSES(16)
 void __tsan_read_range(void* p, size_t n) { plain_access(p, n, false, Access::LOAD, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t n) { plain_access(p, n, false, Access::STORE, __builtin_return_address(0)); }
 void __tsan_init() {}
+
+// --- and -fsanitize=bounds, shift, integer-divide-by-zero at what C++ leaves undefined
+
+struct Undefined {
+  const char* file;
+  uint32_t line, column;
+};
+[[noreturn]] static void undefined(const Undefined& at, const char* what) {
+  stop(text("%s at %s:%u: %s", who().c_str(), at.file, at.line, what));
+}
+void __ubsan_handle_out_of_bounds(Undefined* at, void*) { undefined(*at, "an index past the end of an array"); }
+void __ubsan_handle_shift_out_of_bounds(Undefined* at, void*, void*) { undefined(*at, "a shift by too many bits"); }
+void __ubsan_handle_divrem_overflow(Undefined* at, void*, void*) { undefined(*at, "an integer divided by zero"); }
 }
 
 }  // namespace emulator
