@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ class _Rows:
         if self.plain:
             return  # nothing else is looked at
         self.bound = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
-        self.penalised = [row for row, p in enumerate(params) if p.penalised]
-        self.penalised_at = _column(self.penalised, device, torch.int64)
+        self.penalised = [sequence for sequence in sequences if sequence.params.penalised]
+        self.penalised_at = _column([row for row, p in enumerate(params) if p.penalised], device, torch.int64)
+        self.penalties = _penalties(self.penalised, vocab, device)
         self.at_least = [row for row, p in enumerate(params) if p.min_tokens > 0]
         self.biases = _biases(params, device)
         self.random = [row for row, p in enumerate(params) if not p.greedy]
@@ -85,11 +87,12 @@ class TorchDraw:
             if token < vocab
         ]
         bound = [row for row in rows.bound if sequences[row].finish_reason is None]
-        if not (forbidden or rows.penalised or rows.biases or bound):
+        if not (forbidden or rows.penalties or rows.biases or bound):
             return logits
         logits = logits.to(torch.float32, copy=True)
-        if rows.penalised:
-            penalties = _penalties([sequences[row] for row in rows.penalised], vocab, logits.device)
+        if rows.penalties:
+            output = _counts([sequence.output for sequence in rows.penalised], vocab, logits.device)
+            penalties = replace(rows.penalties, output=output)
             logits[rows.penalised_at] = sampling.penalise(logits[rows.penalised_at], penalties)
         if forbidden:
             at, tokens = (_column(each, logits.device, torch.int64) for each in zip(*forbidden, strict=True))
@@ -153,17 +156,25 @@ def _allowed(sequences: SequenceOf[Sequence], vocab: int) -> torch.Tensor:
     return allowed
 
 
-def _penalties(sequences: SequenceOf[Sequence], vocab: int, device: torch.device) -> sampling.Penalties:
-    def counts(texts: list[SequenceOf[int]]) -> torch.Tensor:
-        row = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        flat = row * vocab + np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
-        counted = np.bincount(flat, minlength=len(texts) * vocab).astype(np.float32)
-        return torch.from_numpy(counted.reshape(len(texts), vocab)).to(device)
+def _counts(texts: SequenceOf[SequenceOf[int]], vocab: int, device: torch.device) -> torch.Tensor:
+    """float32 `[texts, vocab]`: how often each token is in each text."""
+    row = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    flat = row * vocab + np.concatenate([np.asarray(text, dtype=np.int64) for text in texts])
+    counted = np.bincount(flat, minlength=len(texts) * vocab).astype(np.float32)
+    return torch.from_numpy(counted.reshape(len(texts), vocab)).to(device)
 
+
+def _penalties(
+    sequences: SequenceOf[Sequence], vocab: int, device: torch.device
+) -> sampling.Penalties | None:
+    """All but the counts of the output, which change at every step."""
+    if not sequences:
+        return None
     params = [sequence.params for sequence in sequences]
+    prompts = [sequence.request.prompt_token_ids for sequence in sequences]
     return sampling.Penalties(
-        prompt=counts([sequence.request.prompt_token_ids for sequence in sequences]) > 0,
-        output=counts([sequence.output for sequence in sequences]),
+        prompt=_counts(prompts, vocab, device) > 0,
+        output=torch.empty(0),
         repetition=_column([p.repetition_penalty for p in params], device).unsqueeze(1),
         presence=_column([p.presence_penalty for p in params], device).unsqueeze(1),
         frequency=_column([p.frequency_penalty for p in params], device).unsqueeze(1),
