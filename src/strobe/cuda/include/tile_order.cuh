@@ -26,7 +26,7 @@ struct TileOrder {
 
 // The same over rows of different lengths laid end to end, and only tiles that hold queries: row by row, each from its
 // last tile to its first, the heads of a tile one after the other. A whole warp asks, for indices that ascend.
-template <int Q_TILE>
+template <int QUERIES>
 struct PackedTileOrder {
   const int* cu_seqlens;  // [rows + 1]
   int rows, heads;        // heads: of a row
@@ -37,7 +37,7 @@ struct PackedTileOrder {
     const int tile = index / heads, lane = threadIdx.x % 32;
     for (; row < rows; row += 32) {
       const int mine = row + lane;
-      int upto = mine < rows ? ceil_div(cu_seqlens[mine + 1] - cu_seqlens[mine], Q_TILE) : 0;
+      int upto = mine < rows ? ceil_div(cu_seqlens[mine + 1] - cu_seqlens[mine], QUERIES) : 0;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
         const int below = __shfl_up_sync(~0u, upto, step);
