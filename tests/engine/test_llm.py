@@ -8,6 +8,7 @@ import torch
 
 from strobe.engine import LLM, EngineConfig, SamplingParams
 from strobe.errors import CheckpointError, RequestError, StrobeError
+from strobe.models.network import tensors
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -183,3 +184,15 @@ def test_closed(folder):
 def test_missing_model():
     with pytest.raises(CheckpointError, match="no/such/folder"):
         LLM("no/such/folder")
+
+
+def test_progress_is_told_to_the_last_byte(folder):
+    told = []
+    with LLM(
+        folder, device="cpu", config=EngineConfig(kv_cache_pages=8), progress=lambda *at: told.append(at)
+    ) as llm:
+        total = sum(t.nbytes for t in tensors(llm.engine.model.weights))
+        assert set(llm.startup) == {"checkpoint", "engine"}
+        assert all(seconds > 0 for seconds in llm.startup.values())
+    assert told == sorted(told)
+    assert told[-1] == (total, total)

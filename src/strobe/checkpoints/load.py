@@ -15,7 +15,7 @@ from strobe import device as devices
 from strobe.checkpoints import hub, huggingface, llama2c, meta
 from strobe.checkpoints.checkpoint import Checkpoint
 from strobe.checkpoints.source import Source
-from strobe.checkpoints.weights import halve_rotation_pairs, load_weights
+from strobe.checkpoints.weights import Progress, halve_rotation_pairs, load_weights
 from strobe.errors import CheckpointError
 from strobe.models.llama import LlamaWeights
 from strobe.models.network import build
@@ -31,6 +31,7 @@ def load(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """A checkpoint, its weights on `device` in `dtype`.
 
@@ -39,6 +40,7 @@ def load(
             bundled model.
         device: "auto" takes the GPU where there is one.
         dtype: "auto" takes what the weights are stored in on a GPU, float32 on a CPU.
+        progress: told of (bytes in place, bytes in all) while the weights are copied.
 
     Raises:
         CheckpointError, TokenizerError: what is missing, broken or not supported, by file.
@@ -52,7 +54,7 @@ def load(
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     chosen = _dtype(dtype, source.dtype if target.type == "cuda" else torch.float32)
     start = time.perf_counter()
-    weights = load_weights(source.config, source.files, device=target, dtype=chosen)
+    weights = load_weights(source.config, source.files, device=target, dtype=chosen, progress=progress)
     _log.info("loaded %s in %s on %s in %.1f s", path, chosen, target, time.perf_counter() - start)
     if source.neighbour_pairs and isinstance(weights, LlamaWeights):
         halve_rotation_pairs(source.config, weights)

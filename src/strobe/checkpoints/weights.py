@@ -8,7 +8,7 @@ their places on the device: the host holds at most one file's pages and one piec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,8 +49,17 @@ class WeightFile(Protocol):
         """Its tensors, mapped or read one at a time; may repeat or leave out none of `shapes`."""
 
 
+Progress = Callable[[int, int], object]
+"""Told of the bytes of weights that are in place, and of all there are, as they come."""
+
+
 def load_weights(
-    config: ModelConfig, files: Sequence[WeightFile], *, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    files: Sequence[WeightFile],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
 ) -> network.Weights:
     """The weights of a network, out of its files.
 
@@ -63,6 +72,7 @@ def load_weights(
         _compare(file, file.views(sketch))
     weights = _allocate(config, device, dtype)
     ours = places(config, weights)
+    done, total = 0, sum(place.nbytes for place in ours.values())
     for file in files:
         views = file.views(ours)
         for name, tensor in file.read():
@@ -70,6 +80,9 @@ def load_weights(
                 supported = ", ".join(map(str, STORED))
                 raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: {supported}")
             _copy(views[name], tensor)
+            done += views[name].nbytes
+            if progress is not None:
+                progress(done, total)
     return weights
 
 

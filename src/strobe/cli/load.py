@@ -29,7 +29,8 @@ def load(
 
     chosen = settings.load(device=device, kernel=kernel, linear=linear)
     config = EngineConfig(attention_kernel=chosen.kernel, linear_kernel=chosen.linear, **engine)
-    llm = LLM(model, device=chosen.device, dtype=dtype, config=config)
+    with console.bytes_progress("weights") as progress:
+        llm = LLM(model, device=chosen.device, dtype=dtype, config=config, progress=progress)
     tell_memory(llm)
     return llm
 

@@ -169,7 +169,9 @@ def serve(
             attention_kernel=chosen.kernel,
             linear_kernel=chosen.linear,
         )
-        with LLM(model, device=chosen.device, dtype=dtype, config=engine_config) as llm:
+        with console.bytes_progress("weights") as progress:
+            llm = LLM(model, device=chosen.device, dtype=dtype, config=engine_config, progress=progress)
+        with llm:
             tell_memory(llm)
             _log(requests=log_requests, prompts=log_prompts)
             _warn(config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -21,6 +23,8 @@ from strobe.errors import CheckpointError, OutOfPagesError, RequestError, Strobe
 
 Prompt = str | Sequence[int]
 
+_log = logging.getLogger(__name__)
+
 
 class LLM:
     """Text from a model.
@@ -34,6 +38,7 @@ class LLM:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto", "float32", "bfloat16" or "float16".
         config: sizes and kernels of the engine.
+        progress: told of (bytes in place, bytes in all) while the weights are copied.
 
     One thread at a time may use it. Where `params` are left out, the checkpoint's own defaults hold.
 
@@ -48,13 +53,20 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         config: EngineConfig | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        checkpoint = load(model, device=device, dtype=dtype)
+        begun = time.perf_counter()
+        checkpoint = load(model, device=device, dtype=dtype, progress=progress)
+        loaded = time.perf_counter()
         self.name = checkpoint.name
         self.path = checkpoint.path
         self.config = config or EngineConfig()
         self._tokenizer = checkpoint.tokenizer
         self._engine: Engine | None = Engine(checkpoint.model, checkpoint.tokenizer, self.config)
+        self.startup = {"checkpoint": loaded - begun, "engine": time.perf_counter() - loaded}
+        """Seconds: to have the network and the tokenizer, and the engine with its cache. What a device does
+        meanwhile is not waited for."""
+        _log.info("started in %s", ", ".join(f"{name} {s:.2f} s" for name, s in self.startup.items()))
         given = {f.name: getattr(checkpoint.defaults, f.name) for f in fields(checkpoint.defaults)}
         try:
             self.default_params = SamplingParams(**{name: v for name, v in given.items() if v is not None})
