@@ -30,7 +30,9 @@ def ours(tmp_path_factory):
         num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.4, eos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    return subject(folder, None, device="cpu", config=EngineConfig(kv_cache_pages=64))
+    return subject(
+        folder, None, device="cpu", config=EngineConfig(kv_cache_pages=64, attention_kernel="torch_naive")
+    )
 
 
 @pytest.fixture(scope="module")

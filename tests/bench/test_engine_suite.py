@@ -24,6 +24,8 @@ SMALL = replace(
 )  # fmt: skip
 ROOF = Ceilings("float32", 1.0, 100.0)
 NETWORK = Network(SMALL, torch.float32, ROOF)
+TORCH = {"attention_kernel": "torch_naive", "linear_kernel": "torch_linear"}
+"""Kernels that need no compiling."""
 CASES = (Batch(2, 5, 6), Load(3, (2, 9), (2, 7)))
 
 FAKE = """
@@ -68,7 +70,7 @@ def measure(*peers: str, cases=CASES) -> list[dict]:
     return list(
         engine_suite.measure(
             "llama3.2-1b", engine_suite.Plan(cases, 2, peers), ROOF, device="cpu", dtype="float32",
-            configure=lambda context: EngineConfig(max_model_len=context, kv_cache_pages=64),
+            configure=lambda context: EngineConfig(max_model_len=context, kv_cache_pages=64, **TORCH),
         )
     )  # fmt: skip
 

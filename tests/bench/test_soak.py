@@ -24,7 +24,13 @@ LOAD = Soak(tokens=500, in_flight=12, prompt=24, output=24)
 @pytest.fixture
 def small() -> Subject:
     model = shapes.random_model(SMALL, device="cpu", dtype=torch.float32, seed=torch.seed() % 2**31)
-    config = EngineConfig(page_size=4, kv_cache_pages=40, max_model_len=48)
+    config = EngineConfig(
+        page_size=4,
+        kv_cache_pages=40,
+        max_model_len=48,
+        attention_kernel="torch_naive",
+        linear_kernel="torch_linear",
+    )
     return Subject("small", Engine(model, None, config))
 
 

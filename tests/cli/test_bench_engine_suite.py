@@ -14,6 +14,7 @@ from strobe.models import shapes
 from .conftest import Cli
 
 CPU = ("bench", "engine", "--device", "cpu", "--runs", "1", "--engine", "kv_cache_pages=64")
+CPU += ("--kernel", "torch_naive", "--linear", "torch_linear")
 
 
 @pytest.fixture(autouse=True)

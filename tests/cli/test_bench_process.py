@@ -17,6 +17,7 @@ from strobe.models import shapes
 from .conftest import Cli
 
 CPU = ("--device", "cpu")
+TORCH = ("--kernel", "torch_naive", "--linear", "torch_linear")  # which need no compiling
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_profile(cli: Cli, small: None, tmp_path: Path) -> None:
     saved, trace = tmp_path / "profile.json", tmp_path / "trace.json"
     flags = ("bench", "profile", *CPU, "--random", "llama3-8b", "--batch", "3", "--context", "20")
-    flags += ("--linear", "torch_linear")
+    flags += TORCH
     told = cli(*flags, "--steps", "2", "--save", str(saved), "--trace", str(trace)).out
     assert "llama3-8b, batch 3, context 20, float32: " in told
     assert "products with the weights" in told
@@ -40,7 +41,7 @@ def test_profile(cli: Cli, small: None, tmp_path: Path) -> None:
 
 
 def test_startup_of_new_processes(cli: Cli, model_folder: Path) -> None:
-    told = cli("bench", "startup", *CPU, "--model", str(model_folder), "--runs", "1", "--json").out
+    told = cli("bench", "startup", *CPU, "--model", str(model_folder), *TORCH, "--runs", "1", "--json").out
     rows = json.loads(told)["rows"]
     assert [row["case"]["cache"] for row in rows] == ["cold", "warm"]
     for row in rows:
@@ -79,7 +80,7 @@ def test_each_source_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_soak(cli: Cli, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("bench", "soak", *CPU, "--random", "llama3-8b", "--tokens", "60", "--in-flight", "4")
-    flags += ("--prompt", "8", "--output", "8")
+    flags += ("--prompt", "8", "--output", "8", *TORCH)
     outcome = cli(*flags, "--save", str(tmp_path / "soak.json"))
     assert outcome.code == 0, outcome
     assert re.search(r"pages still held +0 of", outcome.out)

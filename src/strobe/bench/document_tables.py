@@ -146,10 +146,11 @@ def _engine_ladder(result: Result) -> str:
         name = row["provider"].removeprefix("strobe:")
         kernels = [f"`{kernel}`" for kernel in (row["attention_kernel"], row["linear_kernel"])]
         if "tok_s" not in row:
-            lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", ""])
+            lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", "", ""])
             continue
         over = "" if before is None else f"{row['tok_s'] / before:.2f}"
         figures = [f"{row[field]:.4g}" for field in ("ttft_ms", "tok_s", "gbps")]
+        figures.append(f"{row['floor_percent']:.0f} %" if "floor_percent" in row else "–")
         lines.append([name, *kernels, *figures, over])
         before = row["tok_s"]
     case = result.rows[0]["case"]
@@ -162,6 +163,7 @@ def _engine_ladder(result: Result) -> str:
         "first token, ms",
         "tok/s",
         "GB/s",
+        "of the floor",
         "times the one before",
     ]
     return f"{about}:\n\n{tables.markdown(head, lines)}"

@@ -129,8 +129,10 @@ class Load:
         (seconds,) = taken
         (job,) = self.jobs(network.config.vocab_size, 1)
         found = throughput_figures(sum(job.outputs), seconds)
+        lengths = list(map(len, job.prompts))
+        moved = floor.load_bytes(network.config, network.dtype, lengths, job.outputs)
+        found["gbps"] = moved / found["s"] * 1e-9
         if network.roof is not None:
-            lengths = list(map(len, job.prompts))
             least = floor.load_seconds(network.config, network.dtype, lengths, job.outputs, network.roof)
             found["floor_percent"] = 100 * least / found["s"]
         return found

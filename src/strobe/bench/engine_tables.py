@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from strobe.bench import tables
 from strobe.bench.results import Row
 
-HEAD = ["model", "case", "engine", "first token, ms", "ms a token", "tok/s", "of the floor", "times vLLM"]
+HEAD = [
+    "model",
+    "case",
+    "engine",
+    "first token, ms",
+    "ms a token",
+    "tok/s",
+    "GB/s",
+    "of the floor",
+    "times vLLM",
+]
+
+FIGURES = ("ttft_ms", "tpot_ms", "tok_s", "gbps")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -19,11 +31,11 @@ def table(rows: Sequence[Row]) -> str:
     lines, shown = [], None
     for row in rows:
         model, case = model_name(row), case_name(row)
-        figures = ["–" if name not in row else f"{row[name]:.4g}" for name in ("ttft_ms", "tpot_ms", "tok_s")]
+        figures = ["–" if name not in row else f"{row[name]:.4g}" for name in FIGURES]
         if row["checked"] is False:
-            figures = ["WRONG", "", ""]
+            figures = ["WRONG", "", "", ""]
         elif "failed" in row:
-            figures = ["failed", "", ""]
+            figures = ["failed", "", "", ""]
         share = f"{row['floor_percent']:.0f} %" if "floor_percent" in row else "–"
         over = ""
         if row["provider"] == "strobe" and "tok_s" in row and _key(row) in best:

@@ -41,22 +41,30 @@ def decode_bytes(config: ModelConfig, dtype: torch.dtype, batch: int, prompt: in
     return step_weight_bytes(config, dtype) + batch * keys
 
 
+def load_bytes(
+    config: ModelConfig, dtype: torch.dtype, prompts: Sequence[int], outputs: Sequence[int]
+) -> float:
+    """Fewest bytes for requests of these lengths, all there at the start.
+
+    The weights as often as the longest output has tokens, and the keys and values of every token.
+    """
+    keys = sum(
+        kv_bytes(config, dtype, prompt + output // 2) * (output - 1)
+        for prompt, output in zip(prompts, outputs, strict=True)
+    )
+    return step_weight_bytes(config, dtype) * max(outputs) + keys
+
+
 def load_seconds(
     config: ModelConfig, dtype: torch.dtype, prompts: Sequence[int], outputs: Sequence[int], roof: Ceilings
 ) -> float:
-    """Least seconds for requests of these lengths, all there at the start.
+    """Least seconds for them: `load_bytes` at the read ceiling, or the operations at the matmul's.
 
-    The larger of two: two operations for each weight and token at the matmul ceiling (the head's for
-    output tokens alone; attention's left out), and at the read ceiling the weights as often as the longest
-    output has tokens, with the keys and values of every token.
+    Two operations for each weight and token, the head's for output tokens alone; attention's are left out.
     """
     weights = step_weight_bytes(config, dtype)
     head = config.vocab_size * config.hidden * dtype.itemsize
     tokens = sum(prompts) + sum(outputs) - len(outputs)
     flops = 2 * (tokens * (weights - head) + sum(outputs) * head) / dtype.itemsize
-    keys = sum(
-        kv_bytes(config, dtype, prompt + output // 2) * (output - 1)
-        for prompt, output in zip(prompts, outputs, strict=True)
-    )
-    read = (weights * max(outputs) + keys) / (roof.read_gbps * 1e9)
+    read = load_bytes(config, dtype, prompts, outputs) / (roof.read_gbps * 1e9)
     return max(flops / (roof.matmul_tflops * 1e12), read)

@@ -88,13 +88,13 @@ def run(subject: Subject, soak: Soak, on_tokens: Callable[[int], object] = lambd
         written = engine.stats().output_tokens - before.output_tokens
         if settled is None and written >= _SETTLED * soak.tokens:
             settled = _memory()
-    seconds = time.perf_counter() - start
+    seconds, memory = time.perf_counter() - start, _memory()
     engine.scheduler.check()
     wrong = sum(
         first_wrong(subject.model, request.prompt_token_ids, request.output().token_ids) is not None
         for request in tally.greedy[-_RECHECKED:]
     )
-    after, memory = engine.stats(), _memory()
+    after = engine.stats()
     used = after.used_pages
     return {
         "case": subject.case(tokens=soak.tokens, in_flight=soak.in_flight, pages=after.pages),

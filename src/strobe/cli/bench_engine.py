@@ -98,10 +98,9 @@ def throughput(
     peer = engine_peers.named("transformers", subject) if "transformers" in peers else None
     rows = bench.throughput(subject, peer, work, runs=runs)
     network = _network(subject)
-    if network.roof is not None:
-        for row in rows:
-            taken = [[row["s_min"], row["s"], row["s_max"]]]
-            row["floor_percent"] = work.figures(taken, network)["floor_percent"]
+    for row in rows:
+        figures = work.figures([[row["s"]]], network)
+        row |= {name: figures[name] for name in ("gbps", "floor_percent") if name in figures}
     del subject, peer
     rows += _vllm_rows(random, peers, work, runs, network)
     lengths = f"prompts {prompt[0]} to {prompt[1]}, outputs {output[0]} to {output[1]}"
@@ -112,6 +111,7 @@ def throughput(
         "s_min": "least",
         "s_max": "most",
         "best_batch": "batch",
+        "gbps": "GB/s",
         "floor_percent": "% of the floor",
     }
     _report("throughput", rows, title, columns, plot=plot, save=save, commit=commit, json=json)
