@@ -67,6 +67,7 @@ WAYS = [
     (96, Tile(bulk_store=True)),
     (128, Tile(pair=True, bulk_store=True, early=True)),
     (128, Tile(consumers=3, keys=64)),
+    (128, Tile(half_first=True, bulk_store=True)),
     (256, replace(TILES[256], pair=True)),
 ]
 
@@ -76,7 +77,7 @@ def test_other_ways_of_working(head_dim: int, tile: Tile) -> None:
     """Fewer blocks than tiles, an odd number of tiles a head, lengths that no tile divides."""
     odd = random.randint(1, tile.queries - 1)
     length = tile.queries * tile.blocks + odd
-    case = Case("way", ((length, length + random.choice([0, 77])),), 3, 1, head_dim)
+    case = Case("way", ((length, length + random.choice([0, 128])),), 3, 1, head_dim)
     answer(replace(case, causal=True, softcap=random.choice([0.0, 20.0])), tile, sm_count=2)
     if tile.pair:
         answer(replace(case, sinks=True), tile, sm_count=4)
@@ -92,6 +93,8 @@ def test_what_a_way_cannot_do_is_refused() -> None:
         (above, Tile(pair=True), "pair; supported"),
         (packed, Tile(bulk_store=True), "bulk_store; supported"),
         (window, Tile(bulk_store=True, q_stages=1), "bulk_store; supported"),
+        (above, Tile(half_first=True), "half_first; supported"),
+        (window, Tile(half_first=True), "half_first; supported"),
         (window, Tile(consumers=9), "supported: consumers 2, 3"),
         (window, Tile(keys=-1), "keys 64, 96, 128"),
     ):

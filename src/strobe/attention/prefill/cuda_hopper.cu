@@ -13,11 +13,12 @@
 //
 // Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
-// paged). And three that change how, not what:
+// paged). And four that change how, not what:
 //
 //   EARLY       start while the kernel ahead ends (programmatic dependent launch)
 //   PAIR        two blocks of a cluster take neighbouring tiles of queries and load each key tile once for both
 //   BULK_STORE  results leave through shared memory and the copy engine
+//   HALF_FIRST  queries and keys are aligned so that consumer 0 sees half of its first key tile: it computes no more
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "grid_dependency.cuh"
@@ -46,6 +47,8 @@ constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own co
 constexpr int BLOCKS = PAIR ? 2 : 1;     // that share keys and values
 
 static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");
+static_assert(!HALF_FIRST || (HAS_RIGHT && !HAS_LEFT && !KEYLESS && CONSUMERS == 2 && K_TILE == 128),
+              "only the first key tile is masked, and of that the last 64 keys for the first 64 queries");
 static_assert(!PAIR || (!HAS_LEFT && !KEYLESS && !FOREIGN_ROWS), "both blocks' key tiles begin at 0");
 
 struct Work;
@@ -465,7 +468,10 @@ struct Results<true> {
   }
 };
 
+template <bool HALVED>  // HALF_FIRST: this is consumer 0
 struct Consumer : Results<BULK_STORE> {
+  static constexpr int FIRST = HALVED ? K_TILE / 2 : K_TILE;  // keys of a work's first tile that are computed
+
   const Params& p;
   Shared& s;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
@@ -489,12 +495,14 @@ struct Consumer : Results<BULK_STORE> {
       steps(*work, softmax);
       const Work* coming = next_work();
       if (!coming) break;
-      turn_over(*work, softmax, *coming);
+      if (HALVED && one_tile(*work)) turn_over<FIRST>(*work, softmax, *coming);
+      else turn_over<K_TILE>(*work, softmax, *coming);
       __syncwarp();
       release(s.work_empty[work - s.work]);
       work = coming;
     }
-    finish(*work, softmax);
+    if (HALVED && one_tile(*work)) finish<FIRST>(*work, softmax);
+    else finish<K_TILE>(*work, softmax);
     if (BULK_STORE && threadIdx.x % 128 == 0) bulk_wait_read();
   }
 
@@ -506,13 +514,15 @@ struct Consumer : Results<BULK_STORE> {
     return work.head < 0 ? nullptr : &work;
   }
 
+  static __device__ __forceinline__ bool one_tile(const Work& work) { return work.keys.begin == work.keys.end - 1; }
+
   // A work's first weights, with no output yet.
   __device__ __forceinline__ void begin(const Work& work, Softmax& softmax) {
     pass_over(work, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     s.k_full[k_ring.stage].wait(k_ring.parity);
     pin(scores);
-    issue_scores();
+    issue_scores<FIRST>();
     wgmma_wait<0>();
     scores_done();
     first_weights(work, softmax);
@@ -527,6 +537,7 @@ struct Consumer : Results<BULK_STORE> {
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
     const KeyTiles& keys = work.keys;
     int n = keys.end - 2;
+    if (HALVED && n >= keys.begin) step<false, FIRST>(work, softmax, n--);
     if (HAS_RIGHT)
       for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
     const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
@@ -536,13 +547,13 @@ struct Consumer : Results<BULK_STORE> {
     if (keys.begin == keys.end - 1) leave_q();
   }
 
-  // The scores of key tile n, and under them the output of key tile n + 1.
-  template <bool MASKED>
+  // The scores of key tile n, and under them the output of key tile n + 1, of whose keys WEIGHED have weights.
+  template <bool MASKED, int WEIGHED = K_TILE>
   __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
-    take_turn();
+    take_turn<K_TILE, WEIGHED>();
     if (n == work.keys.begin) leave_q();
     cap_scores();
-    if (MASKED) mask_scores(work, n);
+    if (MASKED) mask_scores<K_TILE>(work, n);
     const bool raised = weigh<false>(softmax);
     wait_for_out();
     if (raised) {
@@ -554,11 +565,12 @@ struct Consumer : Results<BULK_STORE> {
   }
 
   // The next work's first scores, and under them the last output of this one.
+  template <int WEIGHED>
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
     if (BULK_STORE && work.keys.begin == work.keys.end - 1) free_q();
     pass_over(coming, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
-    take_turn();
+    take_turn<FIRST, WEIGHED>();
     if constexpr (!OVERLAP) store(work, softmax);
     Softmax fresh(p.scale_log2);
     first_weights(coming, fresh);
@@ -573,9 +585,10 @@ struct Consumer : Results<BULK_STORE> {
     softmax = fresh;
   }
 
+  template <int WEIGHED>
   __device__ __forceinline__ void finish(const Work& work, Softmax& softmax) {
     pin(out);
-    issue_out();
+    issue_out<WEIGHED>();
     wgmma_wait<0>();
     out_done();
     if (BULK_STORE) named_sync<128>(1 + CONSUMERS + group);  // all warps are done with q
@@ -584,13 +597,14 @@ struct Consumer : Results<BULK_STORE> {
 
   // --- matrix products: scores of the stage at k_ring, output of the stage at v_ring
 
+  template <int SCORED, int WEIGHED>
   __device__ __forceinline__ void take_turn() {
     s.k_full[k_ring.stage].wait(k_ring.parity);
     if (CONSUMERS > 1) named_sync<256>(1 + group);
     pin(scores);
     pin(out);
-    issue_scores();
-    issue_out();
+    issue_scores<SCORED>();
+    issue_out<WEIGHED>();
     end_turn();
     wgmma_wait<OVERLAP ? 1 : 0>();
     scores_done();
@@ -600,27 +614,30 @@ struct Consumer : Results<BULK_STORE> {
     if (CONSUMERS > 1) named_arrive<256>(1 + (group + 1) % CONSUMERS);
   }
 
-  // scores = q kᵀ
+  // scores = q kᵀ, of the tile's first KEYS keys
+  template <int KEYS>
   __device__ __forceinline__ void issue_scores() {
+    auto& first = reinterpret_cast<float (&)[KEYS / 2]>(scores);
     const u64 a = matrix_descriptor<SWIZZLE>(shared_address(s.q[q_ring.stage][group]), 16);
     const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.k[k_ring.stage]), 16);
     wgmma_fence();
-    Wgmma<scalar_t, K_TILE>::template ss<false>(scores, a, b);
+    Wgmma<scalar_t, KEYS>::template ss<false>(first, a, b);
 #pragma unroll
     for (int step = 1; step < HEAD_DIM / 16; ++step)
-      Wgmma<scalar_t, K_TILE>::template ss<true>(scores, a + (k_major_step(step, Q_PANEL_BYTES) >> 4),
-                                                 b + (k_major_step(step, KV_PANEL_BYTES) >> 4));
+      Wgmma<scalar_t, KEYS>::template ss<true>(first, a + (k_major_step(step, Q_PANEL_BYTES) >> 4),
+                                               b + (k_major_step(step, KV_PANEL_BYTES) >> 4));
     wgmma_commit();
   }
 
-  // out += weights v
+  // out += weights v, of the tile's first KEYS keys
+  template <int KEYS>
   __device__ __forceinline__ void issue_out() {
     s.v_full[v_ring.stage].wait(v_ring.parity);
     if (FOREIGN_ROWS && v_rows < K_TILE) clear_foreign_values();
     const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.v[v_ring.stage]), KV_PANEL_BYTES);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < K_TILE / 16; ++step) {
+    for (int step = 0; step < KEYS / 16; ++step) {
       const u32 a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
       Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (step * 16 * PANEL * 2 >> 4));
     }
@@ -692,8 +709,11 @@ struct Consumer : Results<BULK_STORE> {
   __device__ __forceinline__ void first_weights(const Work& work, Softmax& softmax) {
     const auto& keys = work.keys;
     cap_scores();
-    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores(work, keys.end - 1);
-    weigh<true>(softmax);
+    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores<FIRST>(work, keys.end - 1);
+    if constexpr (HALVED)
+      softmax.weigh<true>(reinterpret_cast<float (&)[FIRST / 2]>(scores),
+                          reinterpret_cast<u32 (&)[FIRST / 4]>(coming_weights));
+    else weigh<true>(softmax);
   }
 
   template <bool FIRST>
@@ -718,6 +738,7 @@ struct Consumer : Results<BULK_STORE> {
     }
   }
 
+  template <int KEYS>
   __device__ __forceinline__ void mask_scores(const Work& work, int n) {
     const auto mask = work.mask(p);
     const int column = n * K_TILE + lane() % 4 * 2;
@@ -726,7 +747,7 @@ struct Consumer : Results<BULK_STORE> {
       const int token = token_of(work, half);
       const int first = mask.first(token) - column, end = mask.end(token) - column;
 #pragma unroll
-      for (int j = 0; j < K_TILE / 8; ++j)
+      for (int j = 0; j < KEYS / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           if (8 * j + i >= end || (HAS_LEFT && 8 * j + i < first)) scores[4 * j + 2 * half + i] = NEG_INF;
@@ -835,7 +856,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < 32) Producer{p, s, q, k, v}.run();
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    Consumer{out, p, s}.run();
+    if (HALF_FIRST && threadIdx.x < 256) Consumer<HALF_FIRST>{out, p, s}.run();
+    else Consumer<false>{out, p, s}.run();
   }
   if (PAIR) cluster_sync();  // the other block may still arrive at this one's barriers
 }

@@ -34,7 +34,8 @@ class Tile:
 
     Where tiles differ in length, heads are worked on together whose keys and values take `section_mib`
     (32: over half of an H200's L2). `early` starts under the end of the kernel ahead; `pair` has two blocks
-    share their keys; `bulk_store` lets the copy engine store: to be named until they have been measured.
+    share their keys; `bulk_store` lets the copy engine store; `half_first` leaves out the quarter of a
+    diagonal tile that nobody sees: to be named until they have been measured.
     """
 
     consumers: int = 2
@@ -44,6 +45,7 @@ class Tile:
     early: bool = False
     pair: bool = False
     bulk_store: bool = False
+    half_first: bool = False
 
     @property
     def queries(self) -> int:
@@ -118,8 +120,13 @@ def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
     if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
         reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
-    if tile.pair and (_keyless(problem) or problem.window[0] != UNLIMITED):
-        reasons.append("pair; supported: dense, no left window, a key for every query")
+    if tile.pair and (tile.consumers > 2 or _keyless(problem) or problem.window[0] != UNLIMITED):
+        reasons.append("pair; supported: consumers 2, dense, no left window, a key for every query")
+    aligned = problem.window == (UNLIMITED, 0) and not (problem.kv_len - problem.q_len) % 128
+    if tile.half_first and ((tile.consumers, tile.keys, tile.pair) != (2, 128, False) or not aligned):
+        reasons.append("half_first; supported: consumers 2, keys 128, no pair, kv_len - q_len mod 128 = 0")
+    if tile.half_first and (_keyless(problem) or not isinstance(problem.layout, Dense)):
+        reasons.append("half_first; supported: dense causal with a key for every query")
     if tile.bulk_store and (problem.packed_q or tile.q_stages < 2):
         reasons.append("bulk_store; supported: q not packed, q_stages 2")
     return reasons
@@ -254,6 +261,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
         "EARLY": tile.early,
         "PAIR": tile.pair,
         "BULK_STORE": tile.bulk_store,
+        "HALF_FIRST": tile.half_first,
     }
 
 
