@@ -177,12 +177,14 @@ def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int) -> int
     """Bytes of a step's tensors at its largest: of one layer's, the widest at a time, and of the logits.
 
     A layer holds the stream, its norm, and gate, up and their product, or q, k, v and what attention
-    gives. Logits are there in the model's dtype, in float32, and in what a draw makes of them.
+    gives. Logits are there in the model's dtype, in float32, in what a draw makes of them, and as counts
+    for penalties. CUDA graphs keep memory of their own.
     """
     hidden, widest = network.hidden, max(3 * network.intermediate, 2 * (network.q_size + network.kv_size))
     rows = config.max_num_seqs
     streams = config.max_num_batched_tokens * (3 * hidden + widest) * itemsize
-    return streams + rows * network.vocab_size * (itemsize + 3 * 4)
+    once = streams + rows * network.vocab_size * (itemsize + 4 * 4)
+    return 2 * once if config.graphs else once
 
 
 def _gib(size: int) -> str:

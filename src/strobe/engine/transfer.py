@@ -26,6 +26,20 @@ class Event(Protocol):
     def synchronize(self) -> None: ...
 
 
+class _OnStream:
+    """In the stream that is current on its device, whichever device is current."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event()
+
+    def record(self) -> None:
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
 class _Always:
     """The event of a device that is ready by the time a call returns: a CPU."""
 
@@ -37,7 +51,7 @@ class _Always:
 
 
 def event(device: torch.device) -> Event:
-    return torch.cuda.Event() if device.type == "cuda" else _Always()
+    return _OnStream(device) if device.type == "cuda" else _Always()
 
 
 class Staging:
