@@ -4,14 +4,14 @@
 # where it can, and is named at the end; the others go on.
 #   benchmarks/gpu.sh [--quick] [--only STEP,STEP] [--out FOLDER] [--commit ID]
 #                     [--prefill-peers fa2,cudnn,fa3,fa4] [--decode-peers fa3,fa3_contiguous,flashinfer]
-#                     [--engine-peers vllm,vllm-in-process,transformers]
+#                     [--engine-peers vllm,vllm-in-process,transformers] [--engine 'graphs=true overlap=true']
 # --quick takes few shapes and short runs, and writes to a folder of its own unless --out names one.
 set -u
-quick= only= out= commit= prefill_peers=fa2,cudnn decode_peers= engine_peers=
+quick= only= out= commit= prefill_peers=fa2,cudnn decode_peers= engine_peers= engine_options=
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=1; shift; continue ;;
-    --only | --out | --commit | --prefill-peers | --decode-peers | --engine-peers) ;;
+    --only | --out | --commit | --prefill-peers | --decode-peers | --engine-peers | --engine) ;;
     *) echo "unknown option $1" >&2; exit 2 ;;
   esac
   [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
@@ -22,6 +22,7 @@ while [ $# -gt 0 ]; do
     --prefill-peers) prefill_peers=$2 ;;
     --decode-peers) decode_peers=$2 ;;
     --engine-peers) engine_peers=$2 ;;
+    --engine) for option in $2; do engine_options="$engine_options --engine $option"; done ;;
   esac
   shift 2
 done
@@ -63,7 +64,7 @@ quickly() { if [ -n "$quick" ]; then echo "$1"; else echo "$2"; fi; }
 
 engine() {
   measure "$1" "$2" "$3" engine bench engine --suite "$(quickly quick standard)" --add \
-    --runs "$(quickly 1 3)" --random "$4" --vs "${5-}"
+    --runs "$(quickly 1 3)" --random "$4" --vs "${5-}" $engine_options
 }
 
 step warm 90 90 python3 -m strobe cache warm
@@ -71,12 +72,14 @@ measure decode 300 60 decode bench decode --suite "$(quickly quick all)" --vs "$
 engine engine-llama3.2-1b 150 60 llama3.2-1b
 engine engine-llama3-8b 200 60 llama3-8b
 [ -n "$quick" ] || engine engine-llama2-7b 150 60 llama2-7b
-measure profile 60 60 profile bench profile --random llama3.2-1b --trace "${TMPDIR:-/tmp}/strobe-decode-step.json"
+measure profile 60 60 profile bench profile --random llama3.2-1b --trace "${TMPDIR:-/tmp}/strobe-decode-step.json" \
+  $engine_options
 measure prefill 180 45 prefill bench attention --suite "$(quickly prefill-quick prefill)" \
   --kernel cuda_hopper,cuda_async,triton_fused --vs "$prefill_peers"
 measure kernels 120 120 kernels bench startup --kernels
-measure startup 180 60 startup bench startup --random "$(quickly llama3.2-1b llama3-8b)" --runs "$(quickly 1 3)"
-measure verify 300 90 verify verify --random "$(quickly llama3.2-1b,gpt2 all)" --dtype bfloat16
+measure startup 180 60 startup bench startup --random "$(quickly llama3.2-1b llama3-8b)" --runs "$(quickly 1 3)" \
+  $engine_options
+measure verify 300 90 verify verify --random "$(quickly llama3.2-1b,gpt2 all)" --dtype bfloat16 $engine_options
 if [ -n "$engine_peers" ]; then
   engine beside-llama3.2-1b 500 300 llama3.2-1b "$engine_peers"
   engine beside-llama3-8b 500 300 llama3-8b "$engine_peers"
@@ -87,6 +90,7 @@ measure memory 60 60 memory bench memory --seq 1k,2k,4k,8k --heads 8 --head-dim 
 measure roofline 120 90 roofline bench roofline --vs "$prefill_peers"
 measure engine-ladder 120 60 engine_ladder bench engine-ladder --random "$(quickly llama3.2-1b llama2-7b)" \
   --output 32 --runs 2
-measure soak 500 60 soak bench soak --random llama3.2-1b --tokens "$(quickly 50000 1000000)" --in-flight 256
+measure soak 500 60 soak bench soak --random llama3.2-1b --tokens "$(quickly 50000 1000000)" --in-flight 256 \
+  $engine_options
 
 [ -z "$bad" ] || { echo "not whole:$bad" >&2; exit 1; }

@@ -49,16 +49,20 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def test_every_command_is_understood(tmp_path: Path, quick: bool) -> None:
     out = tmp_path / "out"
     flags = ["--out", str(out), "--commit", "abc", "--prefill-peers", "fa2,fa3", "--decode-peers", "fa3"]
-    flags += ["--engine-peers", "vllm"] + (["--quick"] if quick else [])
+    flags += ["--engine-peers", "vllm", "--engine", "graphs=true overlap=true"]
+    flags += ["--quick"] if quick else []
     done, calls = run(tmp_path, "", *flags)
     assert done.returncode == 0, done.stderr
     saved: dict[str, set[str]] = {}
+    chosen = ["graphs=true", "overlap=true"]
     for words in calls:
         verb, params = parsed(words)
         if verb == "cache warm":
             continue
         assert params["commit"] == "abc"
         assert params["save"].parent == out
+        if verb in ("bench engine", "bench profile", "bench soak", "verify"):
+            assert params["engine"] == chosen
         saved.setdefault(params["save"].stem, set()).add(verb)
     assert saved == {
         "decode": {"bench decode"}, "engine": {"bench engine"}, "profile": {"bench profile"},

@@ -96,6 +96,8 @@ def test_rows_of_every_engine(fake_vllm) -> None:
         assert row.get("tok_s", 0) > 0, row
         assert row["floor_percent"] > 0
     assert rows[3]["version"] == "0.0"
+    assert rows[0]["engine"]["kv_cache_pages"] == 64
+    assert "seed" not in rows[0]["engine"]
     table = engine_tables.table(rows)
     assert f"{rows[0]['tok_s'] / rows[3]['tok_s']:.2f}" in table
     assert "3 requests, prompts 2 to 9, outputs 2 to 7" in table

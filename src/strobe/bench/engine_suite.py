@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from strobe.bench import vllm
 from strobe.bench.answers import first_wrong
@@ -104,6 +105,7 @@ def in_process(subject: Subject, plan: Plan, network: Network) -> Iterator[Row]:
             row: Row = {
                 "case": subject.case(**case.sizes()),
                 "provider": engine.name,
+                **({"engine": _chosen(subject.engine.config)} if isinstance(engine, Strobe) else {}),
                 "checked": holds(subject, engine, jobs[-1]),
             }
             if row["checked"]:
@@ -136,6 +138,13 @@ def holds(subject: Subject, engine: Strobe | Transformers, job: Job) -> bool:
     answers = _many(engine, job.prompts, outputs)
     picked = sorted({0, len(answers) - 1})[:_CHECKED]
     return all(first_wrong(subject.model, job.prompts[i], answers[i]) is None for i in picked)
+
+
+def _chosen(config: EngineConfig) -> dict[str, Any]:
+    """The settings that are not the defaults."""
+    return {
+        each.name: value for each in fields(config) if (value := getattr(config, each.name)) != each.default
+    }
 
 
 def merged(before: Result | None, rows: Sequence[Row]) -> list[Row]:

@@ -171,7 +171,7 @@ def logits(
         linear_kernel=linear_kernel,
     )
     with torch.inference_mode():
-        return model(batch)
+        return model(batch).float()
 
 
 def _prompts(subject: Subject, max_tokens: int) -> list[list[int]]:
