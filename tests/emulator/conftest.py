@@ -28,14 +28,14 @@ def wrong() -> Callable[..., str | None]:
 
 
 def _wrong(rung: Rung, case: Case, dtype: torch.dtype, sm_count: int = 3) -> str | None:
-    seed = random.randrange(2**31)
+    seed, last_block_first = random.randrange(2**31), random.random() < 0.5
     inputs = case.inputs(dtype, seed=seed)
     out = torch.full_like(inputs.q, float("nan"))
-    with emulated_gpu(sm_count):
+    with emulated_gpu(sm_count, last_block_first=last_block_first):
         problem = inputs.problem
         if rung.refusals(problem) or not out.numel():
             return None
         lse = empty_lse(problem, inputs.q).fill_(float("nan"))
         rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
         judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
-    return None if judged.right else f"{case!r}, seed {seed}: {judged}"
+    return None if judged.right else f"{case!r}, {seed=}, {last_block_first=}: {judged}"

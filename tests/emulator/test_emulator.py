@@ -108,6 +108,20 @@ def test_asynchronous_copies_arrive_when_waited_for(waits: bool, tmp_path: Path)
         attempt(tmp_path, body + "out[i] = x[i];\n__syncthreads();\nwait_copies<0>();\nx[i] = 0;")
 
 
+@pytest.mark.parametrize("last_block_first", [False, True])
+def test_blocks_may_wait_for_one_another(last_block_first: bool, tmp_path: Path) -> None:
+    source = tmp_path / "meet.cu"
+    source.write_text(
+        '#include "memory.cuh"\nextern "C" __global__ void meet(float2* box) {\n'
+        "float2* mine = box + blockIdx.x;\nfloat2* other = box + 1 - blockIdx.x;\n"
+        "mine->x = 1;\nwhile (load_relaxed(other).x != 1);\nmine->y = 2;\n}\n"
+    )
+    box = torch.zeros(2, 2)
+    with emulated_gpu(last_block_first=last_block_first):
+        kernel.kernel(source, "meet")(2, 1, [box])
+    assert box.tolist() == [[1.0, 2.0], [1.0, 2.0]]
+
+
 def test_unwritten_shared_memory_is_not_a_number(tmp_path: Path) -> None:
     assert attempt(tmp_path, SHARED + "out[i] = x[i];").isnan().all()
 

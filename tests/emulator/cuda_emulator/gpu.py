@@ -18,11 +18,12 @@ _indices: dict[int, int] = {}
 
 
 @contextmanager
-def emulated_gpu(sm_count: int = 132) -> Iterator[None]:
+def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iterator[None]:
     """Within, tensors are on a GPU of compute capability 9.0, and strobe's CUDA kernels run in the emulator.
 
     strobe's own host code runs: `attention(q, k, v, kernel="cuda_async")`, `rung.run(...)`,
     `torch.randn(..., device="cuda")`. With few SMs, the blocks of a persistent kernel have more to do each.
+    Blocks start in the order of their numbers, or against it: CUDA promises neither.
     CUDA graphs and streams are not emulated; Triton kernels do not run.
     """
     index = _indices.setdefault(sm_count, 64 + len(_indices))  # modules remember figures by a device's index
@@ -58,6 +59,7 @@ def emulated_gpu(sm_count: int = 132) -> Iterator[None]:
         },
         jit: {"kernel": kernel.kernel, "tensor_map": tensor_map.tensor_map, "arch_of": lambda *_: "sm_90a"},
         launch: {"_driver": lambda: driver},
+        kernel: {"last_block_first": last_block_first},
     }
     with ExitStack() as stack:
         for module, functions in stand_ins.items():

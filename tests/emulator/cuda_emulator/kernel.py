@@ -56,6 +56,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 buffers = Buffers()
+last_block_first = False
 
 
 class _Launch(ctypes.Structure):
@@ -68,6 +69,7 @@ class _Launch(ctypes.Structure):
         ("shared_bytes", ctypes.c_uint32),
         ("arguments_count", ctypes.c_int32),
         ("buffers_count", ctypes.c_int32),
+        ("last_block_first", ctypes.c_int32),
         ("arguments", ctypes.c_void_p),
         ("argument_sizes", ctypes.c_void_p),
         ("buffers", ctypes.c_void_p),
@@ -108,7 +110,7 @@ class Launch:
         edges = (ctypes.c_uint64 * (2 * len(extents)))(*(edge for extent in extents for edge in extent))
         launch = _Launch(
             *((ctypes.c_uint32 * 3)(*_dim3(dim)) for dim in (self.grid, self.block, self.cluster)),
-            *(self.shared_bytes, len(self.args), len(extents)),
+            *(self.shared_bytes, len(self.args), len(extents), last_block_first),
             *map(ctypes.addressof, (self._addresses, sizes, edges)),
         )
         self.kernel.run(launch)

@@ -97,7 +97,7 @@ struct Buffer {
 struct Launch {  // as kernel.py has it
   Dim grid, block, cluster;
   uint32_t shared_bytes;
-  int32_t arguments_count, buffers_count;
+  int32_t arguments_count, buffers_count, last_block_first;
   void** arguments;
   const size_t* argument_sizes;
   const Buffer* buffers;  // ascending

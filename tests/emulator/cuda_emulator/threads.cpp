@@ -245,7 +245,7 @@ void end_block(Block& ended) {
   loaded = nullptr;
 }
 
-// Clusters run in order, one at a time; where one waits for another, the next starts beside it.
+// Clusters run in order (or against it), one at a time; where one waits for another, the next starts beside it.
 void run_grid() {
   Blocks started;
   const Dim grid = launch->grid, size = launch->cluster;
@@ -265,7 +265,8 @@ void run_grid() {
     }
     if (events || !failure.empty()) continue;
     if (coming < clusters) {
-      start_cluster(coming++, started);
+      start_cluster(launch->last_block_first ? clusters - 1 - coming : coming, started);
+      ++coming;
       continue;
     }
     failure = text("%s: deadlock: every thread waits", kernel->name);
