@@ -123,7 +123,9 @@ class _Score(ctypes.Structure):
 def sample(
     logits: torch.Tensor, table: Table | None = None, allowed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Token ids int64 `[rows]` from logits `[rows, vocab]` (float32, bfloat16 or float16), in one launch.
+    """Token ids int64 `[rows]` from logits `[rows, vocab]`, in one launch.
+
+    Logits are float32, bfloat16 or float16, each row contiguous.
 
     Row i is drawn as row i of `table` says, without one greedily. `allowed` int32 `[masks, words]` has a
     bit for each token, the lowest first: what the rows that name a mask may draw.
