@@ -96,6 +96,36 @@ def test_a_layouts_plans_live_with_it(described: list[Options]) -> None:
     assert not plan._dense
 
 
+@pytest.mark.parametrize("kernel", ["torch_naive", "torch_sdpa", "torch_grouped", "auto"])
+def test_a_layout_that_was_written_to_is_read_again(kernel: str) -> None:
+    q, k, v = torch.randn(2, 1, 4, 16), *torch.randn(2, 3, 7, 2, 16)
+    table, lens = torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([7, 2], dtype=torch.int32)
+    layout = Paged(table, lens)
+    attention(q, k, v, layout=layout, kernel=kernel)
+    table[0], lens[1] = 2, 5
+    expected = attention(q, k, v, layout=Paged(table.clone(), lens.clone()), kernel="torch_naive")
+    torch.testing.assert_close(attention(q, k, v, layout=layout, kernel=kernel), expected)
+    table[1] = 3
+    with pytest.raises(ProblemError, match="page_table holds page 3; the cache has 3 pages"):
+        attention(q, k, v, layout=layout, kernel=kernel)
+    table[1], lens[0] = 0, 8
+    with pytest.raises(ProblemError, match="a row has 8 keys"):
+        attention(q, k, v, layout=layout, kernel=kernel)
+
+
+def test_sums_that_were_written_to_are_checked_again() -> None:
+    q, k, v = torch.randn(3, 8, 2, 16)
+    sums = torch.tensor([0, 3, 8], dtype=torch.int32)
+    layout = Packed(sums, sums.clone())
+    attention(q, k, v, layout=layout)
+    sums[1] = 6
+    fresh = Packed(sums.clone(), layout.cu_seqlens_kv)
+    torch.testing.assert_close(attention(q, k, v, layout=layout), attention(q, k, v, layout=fresh))
+    sums[2] = 9
+    with pytest.raises(ProblemError, match="cu_seqlens_q is"):
+        attention(q, k, v, layout=layout)
+
+
 def test_a_bias_is_not_kept(described: list[Options]) -> None:
     q, k, v = qkv()
     bias = torch.zeros(9, 9)

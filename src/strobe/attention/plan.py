@@ -14,7 +14,7 @@ import torch
 
 from strobe.attention import ladder
 from strobe.attention.inputs import describe
-from strobe.attention.problem import AttentionProblem, Dense, Options
+from strobe.attention.problem import AttentionProblem, Dense, Options, Packed, Paged
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Fills `out`, and `lse` where it is not None, from q, k and v: `run(q, k, v, out, lse)`."""
@@ -46,6 +46,8 @@ def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: 
     if not type(q) is type(k) is type(v) is torch.Tensor or options.bias is not None:
         return _make(q, k, v, kernel, options)
     layout = options.layout
+    if q.device.type == "cpu" and isinstance(layout, (Packed, Paged)):
+        _follow(layout)
     kept = _dense if layout is None or isinstance(layout, Dense) else getattr(layout, "scratch", {})
     if isinstance(layout, Dense):
         options = options._replace(layout=None)
@@ -62,6 +64,31 @@ def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: 
 
 
 _dense: dict[tuple[Any, ...], Plan] = {}
+
+
+def _follow(layout: Packed | Paged) -> None:
+    """Forget what was derived from the layout's tensors if they have been written to since.
+
+    On a CPU, where lengths and page numbers are checked. Kernels on a GPU read them there, each time.
+    """
+    if isinstance(layout, Paged):
+        indices = layout.page_table, layout.seq_lens, layout.cu_seqlens_q
+    else:
+        indices = layout.cu_seqlens_q, layout.cu_seqlens_kv, None
+    versions = [_version(x) for x in indices]
+    if layout.scratch.get(_VERSIONS) != versions:
+        layout.scratch.clear()
+        for name in ("host_q", "host_kv", "host_lens"):
+            vars(layout).pop(name, None)
+        layout.scratch[_VERSIONS] = versions
+
+
+_VERSIONS = "plan: versions"
+
+
+def _version(value: object) -> int:
+    """How often a tensor has been written to; 0 for others, and under inference_mode: nobody counts."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options) -> Plan:
