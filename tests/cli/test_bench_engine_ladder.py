@@ -18,11 +18,11 @@ def test_a_model_as_table_and_json(cli: Cli, model_folder: Path, tmp_path: Path)
     saved = tmp_path / "engine_ladder.json"
     told = cli(*SHORT, "--model", str(model_folder), "--save", str(saved)).out
     assert told.startswith("random-llama, prompt 7, output 3, float32 on cpu\n")
-    for name in ("naive_attention", "online_softmax", "fused_attention", "onednn"):
+    for name in ("naive_attention", "online_softmax", "fused_attention", "onednn", "fastest"):
         assert name in told
     assert "on an NVIDIA GPU: naive_matmul (torch_naive + cuda_matmul_naive)" in told
     result = Result.load(saved)
-    assert [row["checked"] for row in result.rows] == [True] * 4
+    assert [row["checked"] for row in result.rows] == [True] * 5
     assert json.loads(cli(*SHORT, "--model", str(model_folder), "--json").out)["bench"] == "engine_ladder"
 
 

@@ -73,7 +73,16 @@ class TestWithNumba:
         expected = written(x, kernel="torch_linear")
         torch.testing.assert_close(written(x, kernel="numba_gemv"), expected)
 
-    @given(st.integers(1, 8), st.integers(1, 70), st.integers(1, 3000), st.integers(1, 5))
+    def test_so_is_one_that_nobody_counts_the_writes_of(self):
+        x = torch.randn(1, 9)
+        with torch.inference_mode():
+            written = projection(5, 9, 1, narrow=True)
+            written(x, kernel="numba_gemv")
+            written.weight.mul_(3.0)
+            expected = written(x, kernel="torch_linear")
+            torch.testing.assert_close(written(x, kernel="numba_gemv"), expected)
+
+    @given(st.integers(1, 16), st.integers(1, 70), st.integers(1, 3000), st.integers(1, 5))
     def test_threads_share_the_columns(self, tokens, inputs, outputs, threads):
         was, worth = torch.get_num_threads(), numba_gemv._THREAD_BYTES
         x, residual = torch.randn(tokens, inputs), torch.randn(tokens, outputs)

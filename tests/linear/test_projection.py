@@ -33,7 +33,7 @@ def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | No
 
 @pytest.mark.parametrize("kernel", ["auto", *ON_CPU])
 @given(
-    tokens=st.integers(0, 9),
+    tokens=st.integers(0, 18),
     inputs=SIZES,
     outputs=SIZES,
     around=st.tuples(*[st.booleans()] * 4),

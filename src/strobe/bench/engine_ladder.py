@@ -41,9 +41,11 @@ ON_GPU = (
 ON_CPU = (
     Configuration("naive_attention", "torch_naive", "torch_linear"),
     Configuration("online_softmax", "torch_online", "torch_linear"),
-    Configuration("fused_attention", "auto", "torch_linear"),
+    Configuration("fused_attention", "torch_sdpa", "torch_linear"),
     # oneDNN is for three tokens and more
-    Configuration("onednn", "auto", "torch_onednn,torch_linear"),
+    Configuration("onednn", "torch_sdpa", "torch_onednn,torch_linear"),
+    # with numba: a step's attention and products compiled
+    Configuration("fastest", "auto", "auto"),
 )
 
 

@@ -19,7 +19,7 @@ from strobe.linear.projection import Projection
 
 IDEA = "few tokens on a CPU: all around the product in one compiled loop, weights read once and without zeros"
 
-MOST_TOKENS = 8
+MOST_TOKENS = 16
 _KERNEL = "strobe.linear.numba_gemv_kernel"
 _NARROWED_BYTES = 1 << 26
 """Larger weights are not kept twice: their users count on the memory."""
@@ -42,7 +42,7 @@ def refusals(problem: LinearProblem) -> list[str]:
 
 def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
     fixed = projection.scratch.get(_KERNEL)
-    if fixed is None or fixed.version != projection.weight._version:
+    if fixed is None or fixed.version != _version(projection.weight):
         fixed = projection.scratch[_KERNEL] = _Fixed.of(projection)
     call = partial(
         fixed.project,
@@ -82,12 +82,17 @@ class _Fixed(NamedTuple):
         numbers = np.array([*tensors, inputs, outputs, narrow], dtype=np.int64)
         worth = max(1, weight.nbytes // _THREAD_BYTES)
         project = jit.kernels(_KERNEL).project
-        return cls(project, numbers.ctypes.data, numbers, weight, projection.weight._version, worth)
+        return cls(project, numbers.ctypes.data, numbers, weight, _version(projection.weight), worth)
+
+
+def _version(weight: torch.Tensor) -> int:
+    """How often it was written to; inference_mode's tensors do not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _narrowed(weight: torch.Tensor) -> torch.Tensor:
     """The weight in bfloat16 where that loses nothing, else itself."""
-    if weight.nbytes > _NARROWED_BYTES:
+    if weight.nbytes > _NARROWED_BYTES or weight.is_inference():
         return weight
     narrow = weight.bfloat16()
     return narrow if torch.equal(narrow.float(), weight) else weight
