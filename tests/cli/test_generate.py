@@ -42,6 +42,20 @@ def test_a_kernel_that_refuses_leaves_stdout_empty(generate: Cli) -> None:
     assert "kernel 'cuda_paged' refuses" in generate("hello", "--kernel", "cuda_paged").error
 
 
+@pytest.mark.parametrize("flag", ["--overlap", "--graphs", "--eager", "--deterministic"])
+def test_how_steps_are_run_does_not_show_in_the_text(generate: Cli, flag: str) -> None:
+    assert generate("hello", flag).out == generate("hello").out
+
+
+def test_memory_that_is_not_there_is_one_line(generate: Cli) -> None:
+    assert "on no GPU" in generate("hello", "--gpu-memory-fraction", "0.5").error
+    both = generate("hello", "--gpu-memory-fraction", "0.5", "--kv-cache-gib", "1")
+    assert "give one of them" in both.error
+    assert "kv_cache_gib=" in generate("hello", "--kv-cache-gib", "1e6").error
+    named = generate("hello", "--deterministic", "--linear", "torch_linear")
+    assert "deterministic and a kernel by name" in named.error
+
+
 def test_json_holds_the_whole_answer(generate: Cli) -> None:
     outcome = generate("hello", "--json")
     record = json.loads(outcome.out)
