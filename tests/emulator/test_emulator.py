@@ -18,7 +18,8 @@ HEAD = 'extern "C" __global__ void attempt(const float* in, float* out, int n)'
 def attempt(folder: Path, body: str, n: int = 64, shared_bytes: int = 256) -> torch.Tensor:
     """out [n] of a block of 64 threads that runs `body` on in [n]."""
     source = folder / "attempt.cu"
-    source.write_text(f'#include "async_copy.cuh"\n#include "bulk_copy.cuh"\n{HEAD} {{\n{body}\n}}\n')
+    headers = "".join(f'#include "{name}.cuh"\n' for name in ("async_copy", "bulk_copy", "mma"))
+    source.write_text(f"{headers}{HEAD} {{\n#line 1\n{body}\n}}\n")
     x, out = torch.arange(n, dtype=torch.float32), torch.full((n,), float("nan"))
     with emulated_gpu():
         kernel.kernel(source, "attempt")(1, 64, [x, out, ctypes.c_int(n)], shared_bytes=shared_bytes)
@@ -28,7 +29,7 @@ def attempt(folder: Path, body: str, n: int = 64, shared_bytes: int = 256) -> to
 I = "const int i = threadIdx.x;\n"  # noqa: E741
 SHARED = I + "extern __shared__ float4 room[];\nfloat* x = reinterpret_cast<float*>(room);\n"
 MISTAKES = {
-    "read past the end": (I + "out[i] = in[i + 1];", r"thread \(63, 0, 0\) at attempt.cu:5: reads 4 bytes"),
+    "read past the end": (I + "out[i] = in[i + 1];", r"thread \(63, 0, 0\) at attempt.cu:2: reads 4 bytes"),
     "write before the start": (
         I + "out[i - 1] = 0;",
         r"thread \(0, 0, 0\).* writes 4 bytes .*4 bytes before",
@@ -46,7 +47,7 @@ MISTAKES = {
     ),
     "divergent barrier": (
         I + "if (i < 32) __syncthreads();\nelse\n__syncthreads();",
-        "divergent barrier: thread 0 waits at attempt.cu:5",
+        "divergent barrier: thread 0 waits at attempt.cu:2",
     ),
     "divergent warp": (
         I + "if (i % 2) out[i] = __shfl_sync(~0u, i, 0);\nelse\nout[i] = __shfl_sync(~0u, i, 1);",
@@ -55,7 +56,7 @@ MISTAKES = {
     "deadlock": (
         "__shared__ Barrier full;\nif (!threadIdx.x) full.init(2);\n__syncthreads();\n"
         "if (!threadIdx.x) full.arrive();\nfull.wait(0);",
-        r"deadlock: every thread waits\n  block \(0, 0, 0\), warp 0: lanes ffffffff looking \(attempt.cu:8\)",
+        r"deadlock: every thread waits\n  block \(0, 0, 0\), warp 0: lanes ffffffff looking \(attempt.cu:5\)",
     ),
     "one arrival too many": (
         "__shared__ Barrier full;\nif (!threadIdx.x) full.init(1);\n"
@@ -73,9 +74,14 @@ MISTAKES = {
     ),
     "past a register array's end": (
         I + "float x[4] = {};\nfor (int j = 0; j <= n / 16; ++j) x[j] = in[j];\nout[i] = x[i % 4];",
-        "attempt.cu:6: an index past the end of an array",
+        "attempt.cu:3: an index past the end of an array",
     ),
-    "division by zero": (I + "out[i] = 64 / (n - 64);", "attempt.cu:5: an integer divided by zero"),
+    "division by zero": (I + "out[i] = 64 / (n - 64);", "attempt.cu:2: an integer divided by zero"),
+    "a product without all lanes": (
+        I + "if (i % 32 == 7) return;\nfloat c[4] = {};\nconst u32 a[4] = {};\n"
+        "mma_16x8x16<bf16>(c, a, 0, 0);",
+        "without lane 7, which has ended",
+    ),
     "an arrival before init": ("__shared__ Barrier full;\nfull.arrive();", "not initialised"),
 }
 

@@ -46,6 +46,12 @@ struct Product {
   uint32_t b[2];
 };
 
+// These instructions need every lane of the warp.
+void expect_all(void* const* lanes) {
+  for (int i = 0; i < 32; ++i)
+    if (!lanes[i]) fail(Where::current(), "a warp-wide product or matrix move without lane %d, which has ended", i);
+}
+
 // Rows `lane / 4` (+ 8) and columns `lane % 4 * 2` + {0, 1} (+ 8) of an A operand.
 void unpack_a(Type type, const uint32_t* a, int lane, float (*to)[16]) {
   for (int i = 0; i < 4; ++i) {
@@ -55,6 +61,7 @@ void unpack_a(Type type, const uint32_t* a, int lane, float (*to)[16]) {
 }
 
 void mma_of_warp(void* const* lanes) {
+  expect_all(lanes);
   float a[16][16], b[8][16], c[16][8];
   const Type type = static_cast<Product*>(lanes[0])->type;
   for (int lane = 0; lane < 32; ++lane) {
@@ -73,6 +80,7 @@ void mma_of_warp(void* const* lanes) {
 }
 
 void matrices_of_warp(void* const* lanes) {
+  expect_all(lanes);
   for (int i = 0; i < 4; ++i) {
     uint16_t matrix[8][8];
     for (int row = 0; row < 8; ++row) memcpy(matrix[row], static_cast<Matrices*>(lanes[8 * i + row])->row, 16);
@@ -87,6 +95,7 @@ void matrices_of_warp(void* const* lanes) {
 }
 
 void store_matrices_of_warp(void* const* lanes) {
+  expect_all(lanes);
   for (int i = 0; i < 4; ++i)
     for (int lane = 0; lane < 32; ++lane) {
       const unsigned char* row = static_cast<Matrices*>(lanes[8 * i + lane / 4])->row;
@@ -95,6 +104,7 @@ void store_matrices_of_warp(void* const* lanes) {
 }
 
 void transpose_of_warp(void* const* lanes) {
+  expect_all(lanes);
   uint16_t matrix[8][8];
   for (int lane = 0; lane < 32; ++lane) memcpy(&matrix[lane / 4][lane % 4 * 2], lanes[lane], 4);
   for (int lane = 0; lane < 32; ++lane)
@@ -127,6 +137,7 @@ struct Products {  // of one lane, to be done now
 };
 
 void products_of_warp(void* const* lanes) {
+  expect_all(lanes);
   const Products& first = *static_cast<Products*>(lanes[0]);
   for (size_t n = 0; n < first.list.size(); ++n) {
     const WarpgroupProduct& op = first.list[n];
