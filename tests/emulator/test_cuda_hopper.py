@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_emulator import emulated_gpu
 
-from strobe.attention.api import empty_lse
+from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case
 from strobe.attention.check import verdict
 from strobe.attention.prefill import cuda_hopper
@@ -57,6 +57,19 @@ def test_packed_tiles_are_all_found() -> None:
     case = Case("rows", rows, 2, 1, 64, random.choice(["packed", "paged_packed"]), 16, causal=True)
     for sm_count in (1, 40):
         answer(case, None, sm_count)
+
+
+def test_planned_calls_follow_their_tensors() -> None:
+    """attention() packs a launch once for calls that are alike; each must read and write its own tensors."""
+    case = Case("planned", ((100, 130),) * 2, 2, 1, 64, causal=True)
+    calls = [case.inputs(torch.bfloat16, seed=random.randrange(2**31)) for _ in range(3)]
+    with emulated_gpu(2):
+        for inputs in calls * 2:
+            out, lse = attention(
+                inputs.q, inputs.k, inputs.v, kernel="cuda_hopper", return_lse=True, **inputs.options
+            )
+            judged = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out, lse)
+            assert judged.right, str(judged)
 
 
 WAYS = [
