@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered and products contracted with additions; NaN and infinity keep their meaning."""
 
 _log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()  # numba's cache folder is one for the process
 
 
 @cache
@@ -47,10 +49,7 @@ def refusals() -> list[str]:
 @cache
 def kernels(module: str) -> ModuleType:
     """The module of this name. Importing it compiles its kernels, or reads them from the cache."""
-    start = time.perf_counter()
-    loaded = importlib.import_module(module)
-    _log.info("%s ready in %.2f s", module, time.perf_counter() - start)
-    return loaded
+    return importlib.import_module(module)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,10 +57,11 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     import numba
 
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
+        start = time.perf_counter()
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH}
         try:
-            with _cache_folder():
-                return numba.njit(signature, cache=True, **options)(function)
+            with _one_at_a_time, _cache_folder():
+                machine_code = numba.njit(signature, cache=True, **options)(function)
         except (OSError, RuntimeError) as error:  # a folder that cannot be written, a full disk
             warnings.warn(
                 f"compiled kernels are kept in memory only: {error} "
@@ -69,7 +69,9 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return numba.njit(signature, **options)(function)
+            machine_code = numba.njit(signature, **options)(function)
+        _log.info("%s ready in %.2f s", function.__qualname__, time.perf_counter() - start)
+        return machine_code
 
     return compile
 
