@@ -46,11 +46,13 @@ def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: 
     if not type(q) is type(k) is type(v) is torch.Tensor or options.bias is not None:
         return _make(q, k, v, kernel, options)
     layout = options.layout
-    if q.device.type == "cpu" and isinstance(layout, (Packed, Paged)):
-        _follow(layout)
-    kept = _dense if layout is None or isinstance(layout, Dense) else getattr(layout, "scratch", {})
+    kept = _dense
     if isinstance(layout, Dense):
         options = options._replace(layout=None)
+    elif layout is not None:
+        kept = getattr(layout, "scratch", {})
+        if isinstance(layout, (Packed, Paged)) and q.device.type == "cpu":
+            _follow(layout)
     kinds = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
     key = kernel, options, kinds, q.stride(), k.stride(), v.stride()
     try:
