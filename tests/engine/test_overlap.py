@@ -245,3 +245,18 @@ def test_a_preempted_sequence_that_waits_survives_a_failed_step(checkpoint, monk
         alone.add(same)
         drain(alone)
         assert request.output().token_ids == same.output().token_ids
+
+
+def test_pages_that_were_written_late_are_found_again(checkpoint):
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    found = []
+    for config in (IN_TURN, OVERLAPPED):
+        engine = Engine(checkpoint.model, None, config)
+        first = Request("first", (9, 8, 7), params)
+        engine.add(first)
+        drain(engine)
+        second = Request("second", (9, 8, 7, *first.output().token_ids), replace(params, max_tokens=2))
+        engine.add(second)
+        drain(engine)
+        found.append(second.output().metrics.cached_tokens)
+    assert found == [24, 24]
