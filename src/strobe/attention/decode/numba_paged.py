@@ -21,7 +21,7 @@ from strobe.cpu import jit, threads
 IDEA = "keys and values read in their pages by compiled code, once for their group's queries"
 
 _KERNEL = "strobe.attention.decode.numba_paged_kernel"
-_THREAD_FLOATS = 1 << 19
+_THREAD_FLOATS = 1 << 21
 """Floats of keys and values that are worth a thread of their own."""
 
 
