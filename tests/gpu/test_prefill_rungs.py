@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from strobe.attention import ladder
-from strobe.attention.api import describe, empty_lse
+from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import Verdict, verdict
+from strobe.attention.inputs import describe
 from strobe.attention.ladder import Rung
+from strobe.attention.problem import Options
 
 pytestmark = pytest.mark.gpu
 
@@ -196,7 +198,7 @@ def test_split_kv_splits_do_not_matter() -> None:
 
     case = Case("few_queries", ((3, 5000),), q_heads=2, kv_heads=1, causal=True)
     inputs = case.inputs(torch.bfloat16, "cuda")
-    problem = describe(inputs.q, inputs.k, inputs.v, **inputs.options)
+    problem = describe(inputs.q, inputs.k, inputs.v, Options(**inputs.options))
     for splits in (1, 2, 7, 64):
         out = torch.full_like(inputs.q, float("nan"))
         tile = cuda_split_kv.Tile(splits=splits)

@@ -180,7 +180,7 @@ def test_what_is_said_is_never_markup(idle: LiveServer, open_page) -> None:
     page.reload()
     page.wait_for_selector("article.user")
     assert page.locator(".talk img, .talk script").count() == 0
-    assert page.title() == "strobe-tiny · strobe"
+    page.wait_for_function("document.title === 'strobe-tiny · strobe'")
 
 
 def test_errors_are_shown_and_can_be_tried_again(serve, open_page) -> None:
