@@ -77,48 +77,50 @@ def _finish(total, highest, weight, sink, out):
     return top + np.log(weight)
 
 
+@numba.njit(fastmath=FASTMATH, inline="always")
+def _score(q_at, k_at, keys, scores, size):
+    """A query's dot products with the keys, four at a time."""
+    q = floats(q_at, (size,))
+    fours = keys.size // 4 * 4
+    for c in range(0, fours, 4):
+        k0, k1 = floats(k_at + keys[c], (size,)), floats(k_at + keys[c + 1], (size,))
+        k2, k3 = floats(k_at + keys[c + 2], (size,)), floats(k_at + keys[c + 3], (size,))
+        s0 = s1 = s2 = s3 = _ZERO
+        for i in range(size):
+            s0 += q[i] * k0[i]
+            s1 += q[i] * k1[i]
+            s2 += q[i] * k2[i]
+            s3 += q[i] * k3[i]
+        scores[c], scores[c + 1], scores[c + 2], scores[c + 3] = s0, s1, s2, s3
+    for c in range(fours, keys.size):
+        k0, s0 = floats(k_at + keys[c], (size,)), _ZERO
+        for i in range(size):
+            s0 += q[i] * k0[i]
+        scores[c] = s0
+
+
+@numba.njit(fastmath=FASTMATH, inline="always")
+def _add_values(weights, v_at, values, shrink, total, size):
+    """`total * shrink` and the weighted values, four at a time."""
+    for i in range(size):
+        total[i] *= shrink
+    fours = values.size // 4 * 4
+    for c in range(0, fours, 4):
+        v0, v1 = floats(v_at + values[c], (size,)), floats(v_at + values[c + 1], (size,))
+        v2, v3 = floats(v_at + values[c + 2], (size,)), floats(v_at + values[c + 3], (size,))
+        w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
+        for i in range(size):
+            total[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
+    for c in range(fours, values.size):
+        v0, w0 = floats(v_at + values[c], (size,)), weights[c]
+        for i in range(size):
+            total[i] += w0 * v0[i]
+
+
 @cache
 def kernel(head_dim: int) -> Callable[..., Any]:
     """`attend` for heads of this size, which its loops are unrolled by."""
     size = head_dim
-
-    @numba.njit(fastmath=FASTMATH)
-    def score(q_at, k_at, keys, scores):
-        """A query's dot products with the keys, four at a time."""
-        q = floats(q_at, (size,))
-        fours = keys.size // 4 * 4
-        for c in range(0, fours, 4):
-            k0, k1 = floats(k_at + keys[c], (size,)), floats(k_at + keys[c + 1], (size,))
-            k2, k3 = floats(k_at + keys[c + 2], (size,)), floats(k_at + keys[c + 3], (size,))
-            s0 = s1 = s2 = s3 = _ZERO
-            for i in range(size):
-                s0 += q[i] * k0[i]
-                s1 += q[i] * k1[i]
-                s2 += q[i] * k2[i]
-                s3 += q[i] * k3[i]
-            scores[c], scores[c + 1], scores[c + 2], scores[c + 3] = s0, s1, s2, s3
-        for c in range(fours, keys.size):
-            k0, s0 = floats(k_at + keys[c], (size,)), _ZERO
-            for i in range(size):
-                s0 += q[i] * k0[i]
-            scores[c] = s0
-
-    @numba.njit(fastmath=FASTMATH)
-    def add_values(weights, v_at, values, shrink, total):
-        """`total * shrink` and the weighted values, four at a time."""
-        for i in range(size):
-            total[i] *= shrink
-        fours = values.size // 4 * 4
-        for c in range(0, fours, 4):
-            v0, v1 = floats(v_at + values[c], (size,)), floats(v_at + values[c + 1], (size,))
-            v2, v3 = floats(v_at + values[c + 2], (size,)), floats(v_at + values[c + 3], (size,))
-            w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-            for i in range(size):
-                total[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
-        for c in range(fours, values.size):
-            v0, w0 = floats(v_at + values[c], (size,)), weights[c]
-            for i in range(size):
-                total[i] += w0 * v0[i]
 
     @compiled(
         "void(intp, intp, intp, intp, intp, intp, intp, intp, intp, intp, float32, float32, intp, intp)"
@@ -159,11 +161,11 @@ def kernel(head_dim: int) -> Callable[..., Any]:
                     _find(k_here, v_here, start, table[row], paging)
                     for head in range(first_head * group, last_head * group):
                         kv_head = head // group
-                        score(query + head * q_head, k_at + kv_head * k_head, k_here, scored)
+                        _score(query + head * q_head, k_at + kv_head * k_head, k_here, scored, size)
                         top = max(highest[head], _scaled(scored, scale, softcap))
                         shrink = exp(highest[head] - top)
                         weight[head] = weight[head] * shrink + _weigh(scored, top)
-                        add_values(scored, v_at + kv_head * v_head, v_here, shrink, sums[head])
+                        _add_values(scored, v_at + kv_head * v_head, v_here, shrink, sums[head], size)
                         highest[head] = top
                 for head in range(first_head * group, last_head * group):
                     sink = _NOTHING if sinks_at == 0 else floats(sinks_at, (q_heads,))[head]
