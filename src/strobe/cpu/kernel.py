@@ -95,7 +95,7 @@ _TAYLOR = tuple(np.float32(1 / n) for n in (5040, 720, 120, 24, 6, 2))
 ONE = np.float32(1.0)
 
 
-@numba.njit
+@numba.njit(fastmath={"contract"})  # said, or it is inherited: a caller's reassociation undoes r's two steps
 def exp(x):
     """eˣ to 2 units in the last place, for x from `LOWEST` to `HIGHEST`; what is outside is taken for these.
 
