@@ -19,6 +19,9 @@ from strobe.linear.projection import Projection
 IDEA = "torch.ops.mkldnn: oneDNN, where the vendor's library is not the processor's vendor's"
 
 FEWEST_TOKENS = 3
+_TOKENS = 512
+"""Of one product. The result of more is memory that the system hands out anew each time: 4,700
+prompt tokens of strobe-tiny took 0.27 s in steps of 2048, and 0.20 in these parts."""
 
 
 def refusals(problem: LinearProblem) -> list[str]:
@@ -33,16 +36,15 @@ def refusals(problem: LinearProblem) -> list[str]:
 
 
 def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
-    size = rounded(problem.tokens)
-    if size > problem.tokens:
-        x = F.pad(x, (0, 0, 0, size - problem.tokens))
-    product = torch.ops.mkldnn._linear_pointwise(x, projection.weight, projection.bias, "none", [], "")[
-        : problem.tokens
-    ]
-    if problem.residual:
-        out.add_(product)
-    else:
-        out.copy_(product)
+    for first in range(0, problem.tokens, _TOKENS):
+        part, into = x[first : first + _TOKENS], out[first : first + _TOKENS]
+        if (size := rounded(len(part))) > len(part):
+            part = F.pad(part, (0, 0, 0, size - len(part)))
+        product = torch.ops.mkldnn._linear_pointwise(part, projection.weight, projection.bias, "none", [], "")
+        if problem.residual:
+            into.add_(product[: len(into)])
+        else:
+            into.copy_(product[: len(into)])
 
 
 def rounded(tokens: int) -> int:
