@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -76,6 +77,10 @@ def test_files_are_complete_and_small() -> None:
 def test_script_makes_this_architecture(example: SimpleNamespace) -> None:
     config = json.loads((BUNDLED / "config.json").read_text(encoding="utf-8"))
     assert config == example.export.config(example.network.Shape())
+
+
+def test_script_trains_by_the_recorded_recipe(example: SimpleNamespace) -> None:
+    assert RECORD["recipe"] == dataclasses.asdict(example.train.Recipe())
 
 
 def test_held_out_text_is_the_last_tenth(example: SimpleNamespace) -> None:

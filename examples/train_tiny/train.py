@@ -35,7 +35,7 @@ class Recipe:
     learning_rate: float = 4e-3
     warmup: int = 100
     weight_decay: float = 1.5
-    dropout: float = 0.25
+    dropout: float = 0.3
     bpe_dropout: float = 0.15  # at the first step; it falls to none at the last
     chat_share: float = 0.2  # of the crops: written as turns of a chat
     ema: float = 0.996
