@@ -22,6 +22,7 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", type=Path, help="leave the counts of this run in FILE, as JSON")
+    parser.addoption("--part", default="0/1", help="run every Nth test from the Ith on, given as I/N")
     parser.addoption("--emulate-all", action="store_true", help="emulate the rungs' whole case table")
 
 
@@ -48,7 +49,9 @@ def _show_kernels(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    index, parts = map(int, config.getoption("--part").split("/"))
+    items[:] = items[index::parts]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

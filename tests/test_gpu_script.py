@@ -128,7 +128,10 @@ def test_findings_of_the_sanitizer_are_counted(
 
 def test_parts_cover_every_file_and_every_cuda_rung(runner: ModuleType, tmp_path: Path) -> None:
     names = {part.name for part in runner.test_parts(tmp_path)}
-    assert names == {path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py")} | {"test_device"}
+    files = {path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py")} | {"test_device"}
+    counts = {file: runner.SPLIT.get(file, 1) for file in files}
+    assert names == {f"{file} {i}/{count}" for file, count in counts.items() for i in range(count)}
+    assert runner.SPLIT.keys() <= files
     watched = [part.name for part in runner.sanitizer_parts("compute-sanitizer", quick=False)]
     for rung in runner.sanitized.rungs():
         assert {f"{tool} {rung} {i}/4" for tool in ("memcheck", "racecheck") for i in range(4)} <= set(
@@ -137,6 +140,18 @@ def test_parts_cover_every_file_and_every_cuda_rung(runner: ModuleType, tmp_path
     cases = [case.name for i in range(4) for case in runner.sanitized.cases(i, 4, "all")]
     assert sorted(cases) == sorted(case.name for case in runner.sanitized.CORRECTNESS)
     assert {case.name for case in runner.sanitized.cases(0, 1, "few")} == runner.sanitized.FEW
+
+
+def test_parts_of_a_file_run_each_of_its_tests_once(tmp_path: Path) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text("\n".join(f"def test_{i}(): pass" for i in range(7)), encoding="utf-8")
+    given = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-c", ROOT / "pyproject.toml",
+             "--confcutdir", ROOT, "-p", "tests.conftest", file]  # fmt: skip
+    ran = []
+    for index in range(3):
+        done = subprocess.run([*given, "--part", f"{index}/3"], cwd=ROOT, capture_output=True, text=True)
+        ran += [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line]
+    assert sorted(ran) == [f"test_{i}" for i in range(7)]
 
 
 def test_counts_of_parts_add_up_over_runs(runner: ModuleType, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from strobe.bench.results import Result
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
+SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2}
+"""Files that take longer than the others, and among how many processes each is dealt."""
 OPS = ("test_cache_ops.py", "test_linear_rungs.py", "test_sampling.py")
 """Tests of what is no rung of attention; the sanitizer watches them whole."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
@@ -49,16 +51,25 @@ class Part:
 
 def test_parts(folder: Path) -> list[Part]:
     files = [*sorted((ROOT / "tests" / "gpu").glob("test_*.py")), ROOT / "tests" / "test_device.py"]
+    dealt = [
+        (file, index, SPLIT.get(file.stem, 1)) for file in files for index in range(SPLIT.get(file.stem, 1))
+    ]
+    dealt.sort(key=lambda each: -each[2])
     return [
         Part(
-            file.stem,
+            name := f"{file.stem} {index}/{parts}",
             (
                 sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(file),
-                "--gpu-report", str(folder / f"{file.stem}.json"),
+                "--part", f"{index}/{parts}", "--gpu-report", str(report(folder, name)),
             ),
         )
-        for file in files
+        for file, index, parts in dealt
     ]  # fmt: skip
+
+
+def report(folder: Path, part: str) -> Path:
+    """Where a part of the tests leaves its counts."""
+    return folder / f"{part.replace('/', '.').replace(' ', '-')}.json"
 
 
 def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
@@ -88,7 +99,7 @@ def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
 
 def run(part: Part, deadline_s: float, logs: Path) -> dict[str, Any]:
     """Run a part to its end or its deadline; nothing that it started outlives it."""
-    log, start = logs / f"{part.name.replace('/', '.').replace(' ', '-')}.log", time.monotonic()
+    log, start = report(logs, part.name).with_suffix(".log"), time.monotonic()
     sources = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     environ = {**os.environ, "PYTHONPATH": sources, **part.environ}
     with log.open("w+", encoding="utf-8", errors="replace") as out:
@@ -155,7 +166,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda part: run(part, given.deadline, logs), parts):
-            counts = logs / f"{row['part']}.json"
+            counts = report(logs, row["part"])
             if counts.is_file():
                 row |= json.loads(counts.read_text(encoding="utf-8"))
             rows.append(row)
