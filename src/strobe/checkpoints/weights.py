@@ -14,18 +14,13 @@ from typing import Protocol
 
 import torch
 
+from strobe.checkpoints.upload import copying
 from strobe.errors import CheckpointError, DeviceError
 from strobe.linear import Projection
 from strobe.models import network
 from strobe.models.config import ModelConfig
 from strobe.models.gpt2 import GPT2Weights, Norm
 from strobe.models.llama import LlamaWeights
-
-PIECE = 16 << 20
-"""Elements copied at a time: bounds what a change of dtype takes on the host."""
-
-TILE = 1 << 17
-"""Elements copied at a time into a transposed place: they stay in the processor's cache."""
 
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,16 +68,17 @@ def load_weights(
     weights = _allocate(config, device, dtype)
     ours = places(config, weights)
     done, total = 0, sum(place.nbytes for place in ours.values())
-    for file in files:
-        views = file.views(ours)
-        for name, tensor in file.read():
-            if tensor.dtype not in STORED:
-                supported = ", ".join(map(str, STORED))
-                raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: {supported}")
-            _copy(views[name], tensor)
-            done += views[name].nbytes
-            if progress is not None:
-                progress(done, total)
+    with copying(device) as copy:
+        for file in files:
+            views = file.views(ours)
+            for name, tensor in file.read():
+                if tensor.dtype not in STORED:
+                    supported = ", ".join(map(str, STORED))
+                    raise CheckpointError(f"{file.path}: {name} is {tensor.dtype}; supported: {supported}")
+                copy(views[name], tensor)
+                done += views[name].nbytes
+                if progress is not None:
+                    progress(done, total)
     return weights
 
 
@@ -112,13 +108,6 @@ def _compare(file: WeightFile, views: Places) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _copy(to: torch.Tensor, tensor: torch.Tensor) -> None:
-    piece = PIECE if to.is_contiguous() else TILE
-    rows = max(1, piece // max(1, tensor[0].numel()))
-    for start in range(0, tensor.shape[0], rows):
-        to[start : start + rows].copy_(tensor[start : start + rows])
 
 
 def places(config: ModelConfig, weights: network.Weights) -> dict[str, torch.Tensor]:
