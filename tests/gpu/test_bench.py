@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -37,3 +38,15 @@ def test_a_replay_runs_each_call_as_often_as_the_others(sets: int) -> None:
     assert len(ran) == 1
     assert ran >= 50 / sets
     assert all(ms > 0 for ms in times)
+
+
+def test_a_clock_keeps_what_its_graph_writes() -> None:
+    """The next capture gives cached memory back to the driver: a replay into it would be an illegal access."""
+    written = torch.zeros(64 << 20, dtype=torch.int8, device="cuda")
+    seen = weakref.ref(written)
+    clock = GraphClock([partial(written.fill_, 7)])
+    del written
+    GraphClock([partial(torch.ones, 4, device="cuda")])
+    clock.times(10)
+    assert seen() is not None
+    assert bool((seen() == 7).all())

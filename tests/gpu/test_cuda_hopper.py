@@ -265,6 +265,31 @@ def test_graphs_replayed_beside_eager_calls() -> None:
         assert torch.equal(replayed, right)
 
 
+@pytest.mark.parametrize("length", [512, 1024])
+def test_many_launches_of_one_graph(length: int) -> None:
+    """Fewer tiles than SMs, and more; each launch draws its tiles from a counter of its own."""
+    inputs = Case("captured", ((length, length),), 32, 8, 128, causal=True).inputs(torch.bfloat16, "cuda")
+    outs = [torch.empty_like(inputs.q) for _ in range(30)]
+
+    def run() -> None:
+        for out in outs:
+            cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None)
+
+    run()
+    assert verdict(inputs.problem, inputs.q, inputs.k, inputs.v, outs[0]).right
+    right = outs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(3):
+        for out in outs:
+            out.fill_(float("nan"))
+        for _ in range(4):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, right) for out in outs)
+
+
 def test_more_heads_than_a_grid_dimension_holds() -> None:
     judged = judge(
         Case("many_heads", ((9, 20),) * 2200, q_heads=32, kv_heads=8, causal=True).inputs(

@@ -81,35 +81,36 @@ class GraphClock:
     """Calls as nodes of one CUDA graph: what the GPU takes, without the host.
 
     `calls` do the same work on different data, together larger than the L2 cache; the times are of
-    one of them. They must be capturable. Starting a graph and recording an event take some 10 µs: the graph
-    holds the calls again and again until it has LAUNCHES nodes or takes LONG_MS, and as many replays stand
-    between two events.
+    one of them. They must be capturable, and are kept: a graph holds addresses, not the tensors there.
+    Starting a graph and recording an event take some 10 µs: the graph holds the calls again and again until
+    it has LAUNCHES nodes or takes LONG_MS, and as many replays stand between two events.
     """
 
     LAUNCHES = 24
     LONG_MS = 5.0
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self._calls = calls
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for call in calls:
                 call()
             self._stream.synchronize()
-        self._capture(calls, 1)
+        self._capture(1)
         self._replays = 1
         (once_ms,) = self.times(1)
         rounds = repeats(len(calls), once_ms, self.LAUNCHES, self.LONG_MS)
         if rounds > 1:
-            self._capture(calls, rounds)
+            self._capture(rounds)
         self._replays = repeats(self._nodes, once_ms, 4 * self.LAUNCHES, self.LONG_MS)
 
-    def _capture(self, calls: Sequence[Callable[[], object]], rounds: int) -> None:
-        self._nodes = rounds * len(calls)
+    def _capture(self, rounds: int) -> None:
+        self._nodes = rounds * len(self._calls)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=self._stream):
             for _ in range(rounds):
-                for call in calls:
+                for call in self._calls:
                     call()
 
     def times(self, count: int) -> list[float]:
