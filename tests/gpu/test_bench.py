@@ -41,7 +41,7 @@ def test_a_replay_runs_each_call_as_often_as_the_others(sets: int) -> None:
 
 
 def test_a_clock_keeps_what_its_graph_writes() -> None:
-    """The next capture gives cached memory back to the driver: a replay into it would be an illegal access."""
+    """The next capture gives cached memory back to the driver: a replay into it would be illegal."""
     written = torch.zeros(64 << 20, dtype=torch.int8, device="cuda")
     seen = weakref.ref(written)
     clock = GraphClock([partial(written.fill_, 7)])

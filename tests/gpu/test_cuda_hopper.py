@@ -70,13 +70,11 @@ def test_three_consumers(case: Case) -> None:
 
 
 WAYS = {
-    "early": Tile(early=True),
-    "bulk_store": Tile(bulk_store=True),
-    "pair": Tile(pair=True),
-    "all": Tile(early=True, pair=True, bulk_store=True, section_mib=4),
+    "plain": Tile(),
+    "bulk_store": Tile(bulk_store=True, section_mib=4),
     "three": Tile(consumers=3, keys=64),
+    "three_bulk": Tile(consumers=3, keys=64, bulk_store=True),
 }
-HALF = {"half": Tile(half_first=True), "half_bulk": Tile(half_first=True, bulk_store=True, early=True)}
 WAY_CASES = (
     Case("small", ((512, 512),), 32, 8, causal=True),
     Case("many", ((300, 300),) * 40, 16, 4, causal=True),
@@ -87,12 +85,7 @@ WAY_CASES = (
 
 
 @pytest.mark.parametrize(
-    ("case", "tile"),
-    [
-        *((case, tile) for case in WAY_CASES for tile in WAYS.values()),
-        *((case, tile) for case in WAY_CASES if case.causal for tile in HALF.values()),
-    ],
-    ids=str,
+    ("case", "tile"), [(case, tile) for case in WAY_CASES for tile in WAYS.values()], ids=str
 )
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_ways_of_working(case: Case, head_dim: int, tile: Tile) -> None:
@@ -107,11 +100,11 @@ def test_ways_of_working(case: Case, head_dim: int, tile: Tile) -> None:
     assert all(torch.equal(runs[0], out) for out in runs[1:])
 
 
-@pytest.mark.parametrize("way", [*WAYS, *HALF])
+@pytest.mark.parametrize("way", WAYS)
 def test_ways_of_working_in_a_graph(way: str) -> None:
     """Each launch reads what the one before wrote: one that started too early would read too early."""
     inputs = Case("chained", ((700, 700),) * 2, 8, 8, causal=True).inputs(torch.bfloat16, "cuda")
-    problem, tile = inputs.problem, (WAYS | HALF)[way]
+    problem, tile = inputs.problem, WAYS[way]
     outs = [torch.empty_like(inputs.q) for _ in range(6)]
 
     def chain() -> None:

@@ -317,15 +317,6 @@ void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where) {
   look(true, where);
 }
 
-void barrier_arrive_at(uint64_t* barrier, uint32_t rank, Where where) {
-  if (rank == cluster_rank()) return barrier_arrive(barrier, 0, where);
-  Phase& phase = *static_cast<Phase*>(remote_shared(barrier, 8, rank, where));
-  arrive(phase, 0, where);
-  barrier_released_by_others(barrier, rank);
-  phase.end_if_complete();
-  look(true, where);
-}
-
 bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
   phase_of(barrier, where);
   do_deferred(barrier);
@@ -334,27 +325,21 @@ bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where) {
   return look(passed, where);
 }
 
-void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, uint32_t blocks, Where where) {
+void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, Where where) {
   const Box box(map, shared_address(shared), first);
   const uint32_t bytes = check_box(box.map, box.shared, first, where);
-  for (uint32_t rank = 0; rank < cluster_size(); ++rank) {
-    if (!(blocks ? blocks >> rank & 1 : rank == cluster_rank())) continue;
-    const bool own = rank == cluster_rank();
-    if (own) {  // from here on nobody may be reading there
-      walk_box(box.map, box.shared, box.first,
-               [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, Access::ENGINE_STORE, where); });
-      barrier_released(barrier);
-    }
-    defer_until_looked_at(barrier, rank, [=] {
-      walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
-        if (!own) forget_accesses(to, 16);
-        memset(to, 0, 16);
-        for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), Access::ENGINE_LOAD, where);
-        if (from) memcpy(to, from, size);
-      });
-      bytes_came(barrier, bytes, where);
+  // From here on nobody may be reading there.
+  walk_box(box.map, box.shared, box.first,
+           [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, Access::ENGINE_STORE, where); });
+  barrier_released(barrier);
+  defer_until_looked_at(barrier, [=] {
+    walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
+      memset(to, 0, 16);
+      for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), Access::ENGINE_LOAD, where);
+      if (from) memcpy(to, from, size);
     });
-  }
+    bytes_came(barrier, bytes, where);
+  });
 }
 
 void tma_store(const void* map, const void* shared, const Coordinates& first, Where where) {
@@ -382,7 +367,7 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
     check_access(static_cast<char*>(shared) + i, 16, Access::ENGINE_STORE, where);
   }
   barrier_released(barrier);
-  defer_until_looked_at(barrier, cluster_rank(), [=] {
+  defer_until_looked_at(barrier, [=] {
     memcpy(shared, global, bytes);
     bytes_came(barrier, bytes, where);
   });

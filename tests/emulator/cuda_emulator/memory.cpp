@@ -151,26 +151,13 @@ void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where) {
   return blocks[rank] == loaded ? here : blocks[rank]->shared.data() + (here - __start_shared_memory);
 }
 
-void store_remote(void* p, const void* value, size_t bytes, uint32_t rank, Where where) {
-  memcpy(remote_shared(p, bytes, rank, where), value, bytes);
-  ++block->cluster->blocks[rank]->events;
-}
-
 void barrier_released(const void* barrier) { block->races->release(self->number, block->phases[barrier].open); }
-void barrier_released_by_others(const void* barrier, uint32_t rank) {
-  block->cluster->blocks[rank]->phases[barrier].foreign = true;
-}
 void barrier_phase_ended(const void* barrier) {
   Phases& phases = block->phases[barrier];
   phases.done = std::move(phases.open);
   phases.open.clear();
 }
-void barrier_acquired(const void* barrier) {
-  const Phases& phases = block->phases[barrier];
-  if (phases.foreign) block->races->acquire_all(self->number);
-  else block->races->acquire(self->number, phases.done);
-}
-void forget_accesses(const void* shared, size_t bytes) { block->races->forget(shared_offset(shared), bytes); }
+void barrier_acquired(const void* barrier) { block->races->acquire(self->number, block->phases[barrier].done); }
 
 const char* name_of(const Where& where) {
   const char* slash = strrchr(where.file_name(), '/');

@@ -50,10 +50,6 @@ void Races::store_same(uint32_t thread, size_t offset, size_t bytes, uint32_t pl
   for (size_t i = offset / 2; i < (offset + bytes) / 2; ++i) cells_[i].same = mine;
 }
 
-void Races::forget(size_t offset, size_t bytes) {
-  std::fill(cells_.begin() + offset / 2, cells_.begin() + (offset + bytes) / 2, Cell{});
-}
-
 void Races::meet(const std::vector<int>& threads) {
   Clock all;
   for (int thread : threads) release(thread, all);
@@ -67,7 +63,5 @@ void Races::release(uint32_t thread, Clock& clock) {
 }
 
 void Races::acquire(uint32_t thread, const Clock& clock) { join(known_[thread], clock); }
-
-void Races::acquire_all(uint32_t thread) { join(known_[thread], now_); }
 
 }  // namespace emulator

@@ -33,8 +33,6 @@ class Races {
   Conflict access(uint32_t thread, size_t offset, size_t bytes, Access access, uint32_t place);
   // A store of what stood there already: it races with nothing, and who knows of it may read.
   void store_same(uint32_t thread, size_t offset, size_t bytes, uint32_t place);
-  // Nobody of this block was here.
-  void forget(size_t offset, size_t bytes);
 
   // All that any thread did is known to all.
   void meet_all() { ++generation_; }
@@ -43,7 +41,6 @@ class Races {
   // What a thread did so far goes into a barrier's clock; what is in one becomes known to a thread.
   void release(uint32_t thread, Clock& clock);
   void acquire(uint32_t thread, const Clock& clock);
-  void acquire_all(uint32_t thread);
   // What a thread stored so far is seen by the engines.
   void fence(uint32_t thread) { fenced_[thread] = ++now_[thread]; }
 

@@ -69,12 +69,10 @@ void wait_copies(int pending);
 // An mbarrier: 8 bytes of shared memory.
 void barrier_init(uint64_t* barrier, int count, Where where);
 void barrier_arrive(uint64_t* barrier, uint32_t expected_bytes, Where where);
-void barrier_arrive_at(uint64_t* barrier, uint32_t rank, Where where);  // in another block of the cluster
 bool barrier_passed(uint64_t* barrier, uint32_t parity, Where where);
 
 using Coordinates = int[5];  // innermost first
-// Into the same place of the cluster's `blocks` (a mask; 0: this one), each told by its own barrier.
-void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, uint32_t blocks, Where where);
+void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinates& first, Where where);
 void tma_store(const void* map, const void* shared, const Coordinates& first, Where where);
 void commit_stores();
 void wait_stores(int pending);
@@ -86,7 +84,6 @@ uint32_t cluster_rank();
 uint32_t cluster_size();
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
-void store_remote(void* p, const void* value, size_t bytes, uint32_t rank, Where where);
 void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where);  // p's place in another block
 
 // --- kernels -----------------------------------------------------------------------------------------

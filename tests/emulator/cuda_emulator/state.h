@@ -60,7 +60,6 @@ struct NumberedBarrier {
 
 struct Phases {  // what an mbarrier orders
   Clock open, done;
-  bool foreign = false;  // threads of other blocks arrive: their clocks are not known
 };
 
 struct Block;
@@ -129,15 +128,13 @@ const char* name_of(const Where& where);  // its file's
 void defer(Engine engine, Work work);
 void commit(Engine engine);
 void wait_for(Engine engine, int pending);
-void defer_until_looked_at(const void* barrier, uint32_t rank, Work work);
+void defer_until_looked_at(const void* barrier, Work work);
 void do_deferred(const void* barrier);
 
 // What an mbarrier orders: the current thread's past goes into its open phase; the phase ends; what came before its end
 // becomes known to the current thread.
 void barrier_released(const void* barrier);
-void barrier_released_by_others(const void* barrier, uint32_t rank);
 void barrier_phase_ended(const void* barrier);
 void barrier_acquired(const void* barrier);
-void forget_accesses(const void* shared, size_t bytes);  // another block stores there
 
 }  // namespace emulator

@@ -369,11 +369,9 @@ void wait_for(Engine engine, int pending) {
   }
 }
 
-void defer_until_looked_at(const void* barrier, uint32_t rank, Work work) {
-  Block* const target = block->cluster->blocks[rank];
-  if (!target) return;
-  target->deferred[barrier].push_back(std::move(work));
-  ++target->events;
+void defer_until_looked_at(const void* barrier, Work work) {
+  block->deferred[barrier].push_back(std::move(work));
+  ++block->events;
 }
 
 void do_deferred(const void* barrier) {

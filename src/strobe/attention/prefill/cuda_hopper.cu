@@ -13,14 +13,8 @@
 //
 // Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
-// paged). And four that change how, not what:
-//
-//   EARLY       start while the kernel ahead ends (programmatic dependent launch)
-//   PAIR        two blocks of a cluster take neighbouring tiles of queries and load each key tile once for both
-//   BULK_STORE  results leave through shared memory and the copy engine
-//   HALF_FIRST  queries and keys are aligned so that consumer 0 sees half of its first key tile: it computes no more
+// paged), BULK_STORE (results leave through shared memory and the copy engine).
 #include "barrier.cuh"
-#include "cluster.cuh"
 #include "grid_dependency.cuh"
 #include "mask.cuh"
 #include "mma.cuh"
@@ -44,13 +38,8 @@ constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stan
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
-constexpr int BLOCKS = PAIR ? 2 : 1;     // that share keys and values
 
 static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");
-static_assert(!HALF_FIRST || (HAS_RIGHT && !HAS_LEFT && !KEYLESS && CONSUMERS == 2 && K_TILE == 128),
-              "only the first key tile is masked, and of that the last 64 keys for the first 64 queries");
-static_assert(!PAIR || (!HAS_LEFT && !KEYLESS && !FOREIGN_ROWS), "both blocks' key tiles begin at 0");
-
 struct Work;
 
 struct Params {
@@ -71,18 +60,8 @@ struct Params {
   __device__ __forceinline__ void store_lse(const Work& work, int token, float value) const;
 };
 
-// PAIR: where the key tiles of the other block's work end.
-template <bool>
-struct Partner {
-  static constexpr int other_end = 0;
-};
-template <>
-struct Partner<true> {
-  int other_end;
-};
-
 // A tile of queries of one head and the keys that it sees. head -1: there are no more.
-struct Work : Partner<PAIR> {
+struct Work {
   int batch, head, q_first;
   int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
   KeyTiles keys;
@@ -91,12 +70,6 @@ struct Work : Partner<PAIR> {
   __device__ __forceinline__ WindowMask<HAS_LEFT, HAS_RIGHT> mask(const Params& p) const {
     return {kv_len, kv_len - q_len, p.left, p.right};
   }
-};
-
-// PAIR: a number that block 0 of a cluster tells block 1.
-struct Letter {
-  int value;
-  Barrier full, empty;  // block 1's, block 0's
 };
 
 __device__ __forceinline__ scalar_t* Params::out_row(const Work& work, int token) const {
@@ -116,17 +89,15 @@ struct Shared {
   Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   Barrier work_full[WORKS], work_empty[WORKS];
   Work work[WORKS];
-  Letter drawn;
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < Q_STAGES; ++i)
       for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(BULK_STORE ? 1 : 4);
     for (int i = 0; i < STAGES; ++i) {
-      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS * BLOCKS);
-      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS * BLOCKS);
+      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
+      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
     }
     for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
-    if (PAIR) drawn.full.init(1), drawn.empty.init(1);
     fence_barrier_init();
   }
 };
@@ -146,18 +117,13 @@ struct Producer {
 
   struct KeyRows {
     int kv_head, batch, start, len;
-    int end, shared_end;  // PAIR: tiles below are loaded for this block, for both
   };
   KeyRows due_rows;
   int due_tile = -1;  // of the values that are still to be loaded
 
-  const int rank = PAIR ? cluster_rank() : 0;
-  u32 turn = 0;  // PAIR: of who takes the tile that sees more; and the parity of letters
-
   __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
-    auto [head, q_tile] = tile;
-    if (PAIR) q_tile = 2 * q_tile + (rank ^ turn);
-    Work work = {{}, head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
+    const auto [head, q_tile] = tile;
+    Work work = {head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
     if (PACKED_Q) {
       work.q_start = p.cu_seqlens_q[work.batch];
       work.q_len = p.cu_seqlens_q[work.batch + 1] - work.q_start;
@@ -169,22 +135,8 @@ struct Producer {
     if (PAGED) work.kv_len = p.seq_lens[work.batch];
     const int q_end = min(work.q_first + Q_TILE, work.q_len);
     work.keys = KeyTiles::of<K_TILE>(work.mask(p), work.q_first, q_end - 1);
-    if (PAIR) join(work, (q_tile ^ 1) * Q_TILE);
-    else if (KEYLESS && work.q_first >= q_end) work.keys.end = work.keys.begin;
+    if (KEYLESS && work.q_first >= q_end) work.keys.end = work.keys.begin;
     return work;
-  }
-
-  // PAIR: what the other block's tile, from query `other_first` on, needs. Where the last tile has no partner, one past
-  // the last query goes along with it and stores nothing.
-  template <typename W>
-  __device__ __forceinline__ void join(W& work, int other_first) const {
-    if constexpr (PAIR) {
-      if (work.q_first >= work.q_len) work.keys = keys_from(work, other_first);
-      work.other_end = other_first < work.q_len ? keys_from(work, other_first).end : work.keys.end;
-    }
-  }
-  __device__ __forceinline__ KeyTiles keys_from(const Work& work, int q_first) const {
-    return KeyTiles::of<K_TILE>(work.mask(p), q_first, min(q_first + Q_TILE, work.q_len) - 1);
   }
 
   __device__ __forceinline__ void publish(const Work& work) {
@@ -217,20 +169,15 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ void wait_for_place(const Barrier& empty, u32 parity) {
-    if (PAIR) empty.wait_for_cluster(parity ^ 1);
-    else empty.wait(parity ^ 1);
-  }
-
   __device__ __forceinline__ void load_k(const KeyRows& rows, int n) {
-    wait_for_place(s.k_empty[k_ring.stage], k_ring.parity);
+    s.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
     load_keys(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n);
     k_ring.advance();
   }
 
   __device__ __forceinline__ void load_due_v() {
     if (due_tile < 0) return;
-    wait_for_place(s.v_empty[v_ring.stage], v_ring.parity);
+    s.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
     load_keys(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile);
     v_ring.advance();
   }
@@ -238,9 +185,7 @@ struct Producer {
   // Key tile n: in one copy, or page by page, a lane each. Pages past the row's length are not touched.
   __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
                                             int n) {
-    if constexpr (PAIR) {
-      if (lane == 0) load_half_each(tile, map, full, rows, n);
-    } else if constexpr (!PAGED) {
+    if constexpr (!PAGED) {
       if (lane == 0) {
         full.arrive_expecting(KV_BYTES);
         tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
@@ -263,47 +208,7 @@ struct Producer {
     }
   }
 
-  // PAIR: each block loads half of a tile that both need, into both; what one needs alone it loads alone, and the other
-  // passes over its place, so that both stay at the same stage.
-  __device__ __forceinline__ void load_half_each(scalar_t* tile, const TensorMap& map, Barrier& full,
-                                                 const KeyRows& rows, int n) {
-    if (n >= rows.end) return full.arrive();
-    full.arrive_expecting(KV_BYTES);
-    constexpr int HALF = K_TILE / 2;
-    const bool both = n < rows.shared_end;
-    const u32 blocks = both ? 3 : 1 << rank;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (both && half != rank) continue;
-#pragma unroll
-      for (int panel = 0; panel < PANELS; ++panel)
-        tma_load_to(blocks, tile + (panel * K_TILE + half * HALF) * PANEL, map, full, 0, n * K_TILE + half * HALF, panel,
-                    rows.kv_head, rows.batch);
-    }
-  }
-
-  __device__ __forceinline__ int draw() { return lane == 0 && rank == 0 ? atomicAdd(p.next_tile, 1) : 0; }
-
-  // What the block, or block 0 of a pair, drew.
-  __device__ __forceinline__ int told(int drawn) {
-    drawn = __shfl_sync(~0u, drawn, 0);
-    if constexpr (PAIR) {
-      if (rank == 0) {
-        s.drawn.empty.wait(turn ^ 1);
-        if (lane == 0) {
-          store_remote(&s.drawn.value, drawn, 1);
-          s.drawn.full.arrive_at(1);
-        }
-      } else {
-        s.drawn.full.wait_for_cluster(turn);
-        drawn = *const_cast<volatile int*>(&s.drawn.value);
-        __syncwarp();
-        if (lane == 0) s.drawn.empty.arrive_at(0);
-      }
-      turn ^= 1;
-    }
-    return drawn;
-  }
+  __device__ __forceinline__ int draw() { return lane == 0 ? atomicAdd(p.next_tile, 1) : 0; }
 
   __device__ __forceinline__ void run() {
     int drawn = -1;
@@ -313,7 +218,7 @@ struct Producer {
         drawn = load(work_at(tile));
       leave_counter(drawn, order.before * p.q_heads);
     } else {
-      for (int index = blockIdx.x / BLOCKS; index < p.order.count(); index = gridDim.x / BLOCKS + drawn) {
+      for (int index = blockIdx.x; index < p.order.count(); index = gridDim.x + drawn) {
         drawn = load(work_at(p.order.at(index)));
         leave_counter(drawn, p.order.count());
       }
@@ -326,16 +231,15 @@ struct Producer {
 
   // Each tile draws once: who drew last leaves the counter as it was.
   __device__ __forceinline__ void leave_counter(int drawn, int tiles) {
-    if (lane == 0 && rank == 0 && drawn == tiles - 1) atomicExch(p.next_tile, 0);
+    if (lane == 0 && drawn == tiles - 1) atomicExch(p.next_tile, 0);
   }
 
   // A work and what it needs, but for its last values; returns what was drawn meanwhile.
   __device__ __forceinline__ int load(const Work& work) {
     if (!KEYLESS || work.sees_keys()) publish(work);
     else store_nothing(work);
-    const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len,
-                          work.keys.end, min(work.keys.end, work.other_end)};
-    const int last = max(work.keys.end, work.other_end) - 1;
+    const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
+    const int last = work.keys.end - 1;
     // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
     // a tile of the head that is in L2 now.
     const int draw_at = min(work.keys.begin + 2, last);
@@ -353,7 +257,7 @@ struct Producer {
       load_due_v();
       due_tile = n, due_rows = rows;
     }
-    return told(drawn);
+    return __shfl_sync(~0u, drawn, 0);
   }
 };
 
@@ -468,10 +372,7 @@ struct Results<true> {
   }
 };
 
-template <bool HALVED>  // HALF_FIRST: this is consumer 0
 struct Consumer : Results<BULK_STORE> {
-  static constexpr int FIRST = HALVED ? K_TILE / 2 : K_TILE;  // keys of a work's first tile that are computed
-
   const Params& p;
   Shared& s;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
@@ -495,14 +396,12 @@ struct Consumer : Results<BULK_STORE> {
       steps(*work, softmax);
       const Work* coming = next_work();
       if (!coming) break;
-      if (HALVED && one_tile(*work)) turn_over<FIRST>(*work, softmax, *coming);
-      else turn_over<K_TILE>(*work, softmax, *coming);
+      turn_over(*work, softmax, *coming);
       __syncwarp();
       release(s.work_empty[work - s.work]);
       work = coming;
     }
-    if (HALVED && one_tile(*work)) finish<FIRST>(*work, softmax);
-    else finish<K_TILE>(*work, softmax);
+    finish(*work, softmax);
     if (BULK_STORE && threadIdx.x % 128 == 0) bulk_wait_read();
   }
 
@@ -514,19 +413,15 @@ struct Consumer : Results<BULK_STORE> {
     return work.head < 0 ? nullptr : &work;
   }
 
-  static __device__ __forceinline__ bool one_tile(const Work& work) { return work.keys.begin == work.keys.end - 1; }
-
   // A work's first weights, with no output yet.
   __device__ __forceinline__ void begin(const Work& work, Softmax& softmax) {
-    pass_over(work, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     s.k_full[k_ring.stage].wait(k_ring.parity);
     pin(scores);
-    issue_scores<FIRST>();
+    issue_scores();
     wgmma_wait<0>();
     scores_done();
     first_weights(work, softmax);
-    pass_over(work, s.v_full, s.v_empty, v_ring);
     clear_out();
     take_weights();
     v_rows = work.kv_len - (work.keys.end - 1) * K_TILE;
@@ -537,7 +432,6 @@ struct Consumer : Results<BULK_STORE> {
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
     const KeyTiles& keys = work.keys;
     int n = keys.end - 2;
-    if (HALVED && n >= keys.begin) step<false, FIRST>(work, softmax, n--);
     if (HAS_RIGHT)
       for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
     const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
@@ -547,13 +441,13 @@ struct Consumer : Results<BULK_STORE> {
     if (keys.begin == keys.end - 1) leave_q();
   }
 
-  // The scores of key tile n, and under them the output of key tile n + 1, of whose keys WEIGHED have weights.
-  template <bool MASKED, int WEIGHED = K_TILE>
+  // The scores of key tile n, and under them the output of key tile n + 1.
+  template <bool MASKED>
   __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
-    take_turn<K_TILE, WEIGHED>();
+    take_turn();
     if (n == work.keys.begin) leave_q();
     cap_scores();
-    if (MASKED) mask_scores<K_TILE>(work, n);
+    if (MASKED) mask_scores(work, n);
     const bool raised = weigh<false>(softmax);
     wait_for_out();
     if (raised) {
@@ -565,12 +459,10 @@ struct Consumer : Results<BULK_STORE> {
   }
 
   // The next work's first scores, and under them the last output of this one.
-  template <int WEIGHED>
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
     if (BULK_STORE && work.keys.begin == work.keys.end - 1) free_q();
-    pass_over(coming, s.k_full, s.k_empty, k_ring);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
-    take_turn<FIRST, WEIGHED>();
+    take_turn();
     if constexpr (!OVERLAP) store(work, softmax);
     Softmax fresh(p.scale_log2);
     first_weights(coming, fresh);
@@ -578,17 +470,15 @@ struct Consumer : Results<BULK_STORE> {
       wait_for_out();
       store(work, softmax);
     }
-    pass_over(coming, s.v_full, s.v_empty, v_ring);
     clear_out();
     take_weights();
     v_rows = coming.kv_len - (coming.keys.end - 1) * K_TILE;
     softmax = fresh;
   }
 
-  template <int WEIGHED>
   __device__ __forceinline__ void finish(const Work& work, Softmax& softmax) {
     pin(out);
-    issue_out<WEIGHED>();
+    issue_out();
     wgmma_wait<0>();
     out_done();
     if (BULK_STORE) named_sync<128>(1 + CONSUMERS + group);  // all warps are done with q
@@ -597,14 +487,13 @@ struct Consumer : Results<BULK_STORE> {
 
   // --- matrix products: scores of the stage at k_ring, output of the stage at v_ring
 
-  template <int SCORED, int WEIGHED>
   __device__ __forceinline__ void take_turn() {
     s.k_full[k_ring.stage].wait(k_ring.parity);
     if (CONSUMERS > 1) named_sync<256>(1 + group);
     pin(scores);
     pin(out);
-    issue_scores<SCORED>();
-    issue_out<WEIGHED>();
+    issue_scores();
+    issue_out();
     end_turn();
     wgmma_wait<OVERLAP ? 1 : 0>();
     scores_done();
@@ -614,30 +503,27 @@ struct Consumer : Results<BULK_STORE> {
     if (CONSUMERS > 1) named_arrive<256>(1 + (group + 1) % CONSUMERS);
   }
 
-  // scores = q kᵀ, of the tile's first KEYS keys
-  template <int KEYS>
+  // scores = q kᵀ
   __device__ __forceinline__ void issue_scores() {
-    auto& first = reinterpret_cast<float (&)[KEYS / 2]>(scores);
     const u64 a = matrix_descriptor<SWIZZLE>(shared_address(s.q[q_ring.stage][group]), 16);
     const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.k[k_ring.stage]), 16);
     wgmma_fence();
-    Wgmma<scalar_t, KEYS>::template ss<false>(first, a, b);
+    Wgmma<scalar_t, K_TILE>::template ss<false>(scores, a, b);
 #pragma unroll
     for (int step = 1; step < HEAD_DIM / 16; ++step)
-      Wgmma<scalar_t, KEYS>::template ss<true>(first, a + (k_major_step(step, Q_PANEL_BYTES) >> 4),
-                                               b + (k_major_step(step, KV_PANEL_BYTES) >> 4));
+      Wgmma<scalar_t, K_TILE>::template ss<true>(scores, a + (k_major_step(step, Q_PANEL_BYTES) >> 4),
+                                                 b + (k_major_step(step, KV_PANEL_BYTES) >> 4));
     wgmma_commit();
   }
 
-  // out += weights v, of the tile's first KEYS keys
-  template <int KEYS>
+  // out += weights v
   __device__ __forceinline__ void issue_out() {
     s.v_full[v_ring.stage].wait(v_ring.parity);
     if (FOREIGN_ROWS && v_rows < K_TILE) clear_foreign_values();
     const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.v[v_ring.stage]), KV_PANEL_BYTES);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step) {
+    for (int step = 0; step < K_TILE / 16; ++step) {
       const u32 a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
       Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (step * 16 * PANEL * 2 >> 4));
     }
@@ -658,12 +544,12 @@ struct Consumer : Results<BULK_STORE> {
 
   __device__ __forceinline__ void scores_done() {
     pin(scores);
-    release_keys(s.k_empty[k_ring.stage]);
+    release(s.k_empty[k_ring.stage]);
     k_ring.advance();
   }
   __device__ __forceinline__ void out_done() {
     pin(out);
-    release_keys(s.v_empty[v_ring.stage]);
+    release(s.v_empty[v_ring.stage]);
     v_ring.advance();
   }
   __device__ __forceinline__ void wait_for_out() {
@@ -683,37 +569,14 @@ struct Consumer : Results<BULK_STORE> {
   __device__ __forceinline__ void release(Barrier& empty) {
     if (lane() == 0) empty.arrive();
   }
-  // Keys and values: the other block writes here too.
-  __device__ __forceinline__ void release_keys(Barrier& empty) {
-    if constexpr (PAIR) {
-      if (lane() < BLOCKS) empty.arrive_at(lane());
-    } else {
-      release(empty);
-    }
-  }
-  // PAIR: the places of key tiles that the other block's work sees alone.
-  __device__ __forceinline__ void pass_over(const Work& work, Barrier (&full)[STAGES], Barrier (&empty)[STAGES],
-                                            Ring<STAGES>& ring) {
-    if constexpr (PAIR) {
-      for (int n = work.keys.end; n < work.other_end; ++n) {
-        full[ring.stage].wait(ring.parity);
-        __syncwarp();
-        release_keys(empty[ring.stage]);
-        ring.advance();
-      }
-    }
-  }
 
   // --- scores to weights
 
   __device__ __forceinline__ void first_weights(const Work& work, Softmax& softmax) {
     const auto& keys = work.keys;
     cap_scores();
-    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores<FIRST>(work, keys.end - 1);
-    if constexpr (HALVED)
-      softmax.weigh<true>(reinterpret_cast<float (&)[FIRST / 2]>(scores),
-                          reinterpret_cast<u32 (&)[FIRST / 4]>(coming_weights));
-    else weigh<true>(softmax);
+    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores(work, keys.end - 1);
+    weigh<true>(softmax);
   }
 
   template <bool FIRST>
@@ -738,7 +601,6 @@ struct Consumer : Results<BULK_STORE> {
     }
   }
 
-  template <int KEYS>
   __device__ __forceinline__ void mask_scores(const Work& work, int n) {
     const auto mask = work.mask(p);
     const int column = n * K_TILE + lane() % 4 * 2;
@@ -747,7 +609,7 @@ struct Consumer : Results<BULK_STORE> {
       const int token = token_of(work, half);
       const int first = mask.first(token) - column, end = mask.end(token) - column;
 #pragma unroll
-      for (int j = 0; j < KEYS / 8; ++j)
+      for (int j = 0; j < K_TILE / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           if (8 * j + i >= end || (HAS_LEFT && 8 * j + i < first)) scores[4 * j + 2 * half + i] = NEG_INF;
@@ -845,19 +707,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) u8 memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) s.init();
-  if (EARLY && threadIdx.x == 32) prefetch(q), prefetch(k), prefetch(v);
-  if (PAIR) cluster_sync(); else __syncthreads();
-  if (EARLY) {
-    grid_dependency_wait();
-    grid_launch_dependents();
-  }
+  if (threadIdx.x == 32) prefetch(q), prefetch(k), prefetch(v);
+  __syncthreads();
+  grid_dependency_wait();
+  grid_launch_dependents();
   if (threadIdx.x < 128) {
     shrink_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x < 32) Producer{p, s, q, k, v}.run();
   } else {
     grow_registers<CONSUMER_REGISTERS>();
-    if (HALF_FIRST && threadIdx.x < 256) Consumer<HALF_FIRST>{out, p, s}.run();
-    else Consumer<false>{out, p, s}.run();
+    Consumer{out, p, s}.run();
   }
-  if (PAIR) cluster_sync();  // the other block may still arrive at this one's barriers
 }

@@ -32,29 +32,19 @@ _BARRIERS_BYTES = 2048
 class Tile:
     """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q.
 
-    Where tiles differ in length, heads are worked on together whose keys and values take `section_mib`
-    (32: over half of an H200's L2). `early` starts under the end of the kernel ahead; `pair` has two blocks
-    share their keys; `bulk_store` lets the copy engine store; `half_first` leaves out the quarter of a
-    diagonal tile that nobody sees: to be named until they have been measured.
+    `bulk_store` lets the copy engine store. Where tiles differ in length, heads are worked on together whose
+    keys and values take `section_mib` (32: over half of an H200's L2).
     """
 
     consumers: int = 2
     keys: int = 128
     q_stages: int = 2
     section_mib: int = 32
-    early: bool = False
-    pair: bool = False
     bulk_store: bool = False
-    half_first: bool = False
 
     @property
     def queries(self) -> int:
         return ROWS * self.consumers
-
-    @property
-    def blocks(self) -> int:
-        """That work together, each on its own queries."""
-        return 2 if self.pair else 1
 
     @property
     def threads(self) -> int:
@@ -120,13 +110,6 @@ def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
     if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
         reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
-    if tile.pair and (tile.consumers > 2 or _keyless(problem) or problem.window[0] != UNLIMITED):
-        reasons.append("pair; supported: consumers 2, dense, no left window, a key for every query")
-    aligned = problem.window == (UNLIMITED, 0) and not (problem.kv_len - problem.q_len) % 128
-    if tile.half_first and ((tile.consumers, tile.keys, tile.pair) != (2, 128, False) or not aligned):
-        reasons.append("half_first; supported: consumers 2, keys 128, no pair, kv_len - q_len mod 128 = 0")
-    if tile.half_first and (_keyless(problem) or not isinstance(problem.layout, Dense)):
-        reasons.append("half_first; supported: dense causal with a key for every query")
     if tile.bulk_store and (problem.packed_q or tile.q_stages < 2):
         reasons.append("bulk_store; supported: q not packed, q_stages 2")
     return reasons
@@ -192,18 +175,17 @@ def _packed(
 ) -> tuple[Launch, list[torch.Tensor]]:
     """The launch, and copies that it reads of the problem's own tensors: to live until it is queued."""
     device = q.get_device()
-    params = Params.of(problem, tile.queries * tile.blocks, _section(problem, tile))
+    params = Params.of(problem, tile.queries, _section(problem, tile))
     params.lay_out(out_strides, lse_strides)
     held = params.attach(problem)
     launch = Launch(
         jit.kernel(_SOURCE, "attend", defines(problem, tile), device),
         params,
         _maps(problem, q, k, v, out_strides, tile),
-        grid=tile.blocks * min(params.q_tiles * params.heads, _multiprocessors(device) // tile.blocks),
+        grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem.head_dim),
-        cluster=2 if tile.pair else None,
-        programmatic=tile.early,
+        programmatic=True,
     )
     return launch, held
 
@@ -219,9 +201,8 @@ def _maps(
     queries = Maps(q.dtype, q.shape, q.stride(), ROWS)
     maps: tuple[Maps, ...] = (queries, queries, queries)
     if k.numel():
-        box = min(tile.keys // tile.blocks, problem.page_size or tile.keys)
-        whole = not problem.paged and not tile.pair
-        maps = (queries, *(Maps(x.dtype, x.shape, x.stride(), box, whole) for x in (k, v)))
+        box = min(tile.keys, problem.page_size or tile.keys)
+        maps = (queries, *(Maps(x.dtype, x.shape, x.stride(), box, not problem.paged) for x in (k, v)))
     if tile.bulk_store:
         return (*maps, Maps(q.dtype, q.shape, out_strides, ROWS))
     return maps
@@ -258,10 +239,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
         "PACKED_Q": problem.packed_q,
         "PACKED_KV": isinstance(problem.layout, Packed),
         "PAGE_SIZE": problem.page_size,
-        "EARLY": tile.early,
-        "PAIR": tile.pair,
         "BULK_STORE": tile.bulk_store,
-        "HALF_FIRST": tile.half_first,
     }
 
 

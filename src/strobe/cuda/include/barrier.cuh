@@ -23,15 +23,6 @@ struct Barrier {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes)
                  : "memory");
   }
-  // Arrive at this barrier of the cluster's block `rank`, this one included.
-  __device__ __forceinline__ void arrive_at(u32 rank) {
-    asm volatile(
-        "{\n.reg .b32 at;\n"
-        "mapa.shared::cluster.u32 at, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];\n}" ::"r"(address()),
-        "r"(rank)
-        : "memory");
-  }
   __device__ __forceinline__ bool passed(u32 parity) const {
     u32 done;
     asm volatile(
@@ -45,22 +36,6 @@ struct Barrier {
   }
   __device__ __forceinline__ void wait(u32 parity) const {
     while (!passed(parity)) {
-    }
-  }
-  // The same where other blocks of the cluster arrive: what they wrote before is seen after it.
-  __device__ __forceinline__ bool passed_for_cluster(u32 parity) const {
-    u32 done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address()), "r"(parity)
-        : "memory");
-    return done;
-  }
-  __device__ __forceinline__ void wait_for_cluster(u32 parity) const {
-    while (!passed_for_cluster(parity)) {
     }
   }
 };

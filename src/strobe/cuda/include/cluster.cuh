@@ -25,16 +25,6 @@ __device__ __forceinline__ void cluster_sync() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Write to `p`, an address in this block's shared memory, in the block of that rank.
-__device__ __forceinline__ void store_remote(int* p, int value, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %0, %2;\n"
-      "st.shared::cluster.u32 [at], %1;\n}" ::"r"(shared_address(p)),
-      "r"(value), "r"(rank)
-      : "memory");
-}
-
 // The value at `p`, an address in this block's shared memory, in the block of that rank.
 __device__ __forceinline__ u64 load_remote(const u64* p, u32 rank) {
   u64 value;
@@ -77,7 +67,6 @@ __device__ __forceinline__ u32 cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() { __syncthreads(); }
-__device__ __forceinline__ void store_remote(int* p, int value, u32) { *p = value; }
 __device__ __forceinline__ u64 load_remote(const u64* p, u32) { return *p; }
 __device__ __forceinline__ float2 load_remote(const float2* p, u32) { return *p; }
 __device__ __forceinline__ float4 load_remote(const float4* p, u32) { return *p; }

@@ -35,16 +35,6 @@ __device__ __forceinline__ void tma_load_once(void* shared, const TensorMap& map
       : "memory");
 }
 
-// The same into the blocks of a cluster that are bits of `blocks`: at the same place, and told to the same barrier of each.
-__device__ __forceinline__ void tma_load_to(u32 blocks, void* shared, const TensorMap& map, Barrier& full, int c0, int c1,
-                                            int c2, int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(full.address()), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"(u16(blocks))
-      : "memory");
-}
-
 // Copy a box from shared memory to the tensor; elements outside of it are left out. What ordinary stores wrote there
 // needs fence_async_shared() first. Belongs to this thread's next bulk_commit().
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* shared, int c0, int c1, int c2, int c3,

@@ -11,7 +11,6 @@ struct Barrier {
   void init(int count, Where where = Where::current()) { emulator::barrier_init(word(), count, where); }
   void arrive(Where where = Where::current()) { emulator::barrier_arrive(word(), 0, where); }
   void arrive_expecting(u32 bytes, Where where = Where::current()) { emulator::barrier_arrive(word(), bytes, where); }
-  void arrive_at(u32 rank, Where where = Where::current()) { emulator::barrier_arrive_at(word(), rank, where); }
   bool passed(u32 parity, Where where = Where::current()) const {
     return emulator::barrier_passed(word(), parity, where);
   }
@@ -19,7 +18,6 @@ struct Barrier {
     while (!passed(parity, where)) {
     }
   }
-  void wait_for_cluster(u32 parity, Where where = Where::current()) const { wait(parity, where); }
   uint64_t* word() const { return const_cast<uint64_t*>(reinterpret_cast<const uint64_t*>(&state)); }
 };
 

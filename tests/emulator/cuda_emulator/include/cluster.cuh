@@ -12,9 +12,6 @@ inline void cluster_sync(Where where = Where::current()) {
   emulator::cluster_wait(where);
 }
 
-inline void store_remote(int* p, int value, u32 rank, Where where = Where::current()) {
-  emulator::store_remote(p, &value, sizeof value, rank, where);
-}
 template <class T>
 __attribute__((no_sanitize("thread"))) T load_remote(const T* p, u32 rank, Where where = Where::current()) {
   return *static_cast<const T*>(emulator::remote_shared(p, sizeof(T), rank, where));

@@ -11,15 +11,11 @@ inline void prefetch(const TensorMap&) {}
 
 inline void tma_load(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2, int c3, int c4,
                      Where where = Where::current()) {
-  emulator::tma_load(shared, &map, full.word(), {c0, c1, c2, c3, c4}, 0, where);
+  emulator::tma_load(shared, &map, full.word(), {c0, c1, c2, c3, c4}, where);
 }
 inline void tma_load_once(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2, int c3, int c4,
                           Where where = Where::current()) {
-  emulator::tma_load(shared, &map, full.word(), {c0, c1, c2, c3, c4}, 0, where);
-}
-inline void tma_load_to(u32 blocks, void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2, int c3,
-                        int c4, Where where = Where::current()) {
-  emulator::tma_load(shared, &map, full.word(), {c0, c1, c2, c3, c4}, blocks, where);
+  emulator::tma_load(shared, &map, full.word(), {c0, c1, c2, c3, c4}, where);
 }
 inline void tma_store(const TensorMap& map, const void* shared, int c0, int c1, int c2, int c3, int c4,
                       Where where = Where::current()) {
