@@ -7,7 +7,7 @@ import torch
 from cuda_emulator import emulated_gpu
 
 from strobe.linear import Projection
-from strobe.ops import cache, pages, rope
+from strobe.ops import activation, cache, norm, pages, rope
 from strobe.ops.softmax import softmax
 
 FP8 = torch.float8_e4m3fn
@@ -23,6 +23,18 @@ def test_softmax(dtype: torch.dtype) -> None:
         out = softmax(x)
     want = torch.softmax(x.double(), -1).nan_to_num(0.0)
     torch.testing.assert_close(out.double(), want, rtol=2 * EPSILON[dtype], atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+def test_norm_and_swiglu(dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(5, 328) + 1).to(dtype), torch.randn(328).to(dtype)
+    with emulated_gpu():
+        normed, gated = norm.rms_norm(x, weight, 1e-5), activation.swiglu(x)
+        plain = norm.rms_norm(x[:, :327].contiguous(), weight[:327], 1e-5)  # no whole vectors: torch runs it
+    close = {"rtol": 4 * EPSILON[dtype], "atol": 4 * EPSILON[dtype]}
+    torch.testing.assert_close(normed, norm.rms_norm_reference(x, weight, 1e-5), **close)
+    torch.testing.assert_close(gated, activation.swiglu_reference(x), **close)
+    torch.testing.assert_close(plain, norm.rms_norm_reference(x[:, :327], weight[:327], 1e-5), **close)
 
 
 @pytest.mark.parametrize("kernel", ["cuda_matmul_naive", "cuda_matmul_tiled", "cuda_gemv"])

@@ -17,6 +17,7 @@ from strobe.engine.inputs import inputs_of, padded, table_width
 from strobe.engine.request import Request, Sequence
 from strobe.engine.sampling_params import SamplingParams
 from strobe.engine.scheduler import Chunk, Schedule
+from strobe.errors import DeviceError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 
@@ -47,6 +48,7 @@ class Recorded:
         (8, (1, 2, 4, 8)),
         (20, (1, 2, 4, 8, 16, 20)),
         (32, (1, 2, 4, 8, 16, 24, 32)),
+        (300, (1, 2, 4, *range(8, 256, 8), 256, 272, 288, 300)),
     ],
 )
 def test_sizes(rows, sizes):
@@ -71,10 +73,34 @@ def test_a_size_runs_eagerly_once_and_is_recorded_once():
     for step in range(4):
         value.fill_(step)
         assert graphs.run(4, 64, lambda: value + 1).tolist() == [step + 1] * 3
-        assert (recorder.recorded, recorder.replayed) == (min(step, 1), step)
+        assert (recorder.recorded, recorder.replayed) == (1, step)
     graphs.run(8, 64, lambda: value)
     graphs.run(4, 256, lambda: value)
-    assert graphs.captured == 1
+    assert graphs.captured == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nwhere"), DeviceError("no launch")])
+def test_what_cannot_be_recorded_runs_eagerly_from_then_on(error, caplog):
+    class Refusing(Recorded):
+        def record(self, work):
+            work()
+            raise error
+
+    graphs = DecodeGraphs(8, Refusing())
+    assert graphs.run(graphs.size_for(3), 64, lambda: torch.ones(4)).tolist() == [1] * 4
+    assert [graphs.size_for(rows) for rows in (1, 3, 8)] == [None] * 3
+    (record,) = caplog.records
+    assert record.message.endswith(str(error).partition("\n")[0])
+
+
+def test_what_fails_in_itself_is_not_taken_for_a_refusal():
+    def failing():
+        raise RuntimeError("not finite")
+
+    graphs = DecodeGraphs(8, Recorded())
+    with pytest.raises(RuntimeError, match="not finite"):
+        graphs.run(4, 64, failing)
+    assert graphs.size_for(4) == 4
 
 
 def decoding(lengths: list[int], page_size: int, rng: random.Random) -> Schedule:

@@ -161,7 +161,7 @@ def test_a_row_draws_alike_in_any_batch_and_by_any_blocks(gpu: bool) -> None:
         )  # fmt: skip
         alone.rows["mask"] = np.minimum(alone.rows["mask"], 0)
         assert alone.sample() == together[one]
-    blocks = {sampling_cuda.blocks_for(rows, 5001, 8) for rows in (1, 24)}
+    blocks = {sampling_cuda.blocks_for(rows, 5001, 8, holds=True) for rows in (1, 24)}
     assert gpu or len(blocks) == 2
 
 

@@ -66,8 +66,6 @@ def engine(
         return bench_options.engine_config(
             engine,
             max_model_len=context,
-            max_num_seqs=512,
-            max_num_batched_tokens=8192,
             prefix_cache=False,
             attention_kernel=chosen.kernel,
             linear_kernel=chosen.linear,

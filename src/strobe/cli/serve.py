@@ -58,11 +58,11 @@ def serve(
     port: Annotated[int, _flag("--port", "-p", help="Port; 0 takes a free one.", panel=_DOOR)] = 8000,
     max_num_seqs: Annotated[
         int, _flag("--max-num-seqs", help="Sequences that run at once; more wait.", panel=_LOAD)
-    ] = 256,
+    ] = 512,
     max_num_batched_tokens: Annotated[
-        int,
-        _flag("--max-num-batched-tokens", help="Tokens of one step.", panel=_LOAD),
-    ] = 2048,
+        int | None,
+        _flag("--max-num-batched-tokens", help="Tokens of one step; 8192 on a large GPU.", panel=_LOAD),
+    ] = None,
     max_queue: Annotated[
         int, _flag("--max-queue", help="Requests that may wait; more get status 429.", panel=_LOAD)
     ] = 256,

@@ -16,13 +16,12 @@ _INTEGERS = {
     "max_model_len": (2, 1 << 30),
     "seed": (0, (1 << 63) - 1),
 }
-_OPTIONAL = ("kv_cache_pages", "max_model_len")
+_OPTIONAL = ("kv_cache_pages", "max_model_len", "max_num_batched_tokens")
 _SWITCHES = ("prefix_cache", "deterministic")
 _OPTIONAL_SWITCHES = ("overlap", "graphs")
-
-ON_GPU = {"overlap": False, "graphs": False}
-"""What None stands for on a GPU: False until they are measured. Elsewhere it is False in any case: a CPU
-runs a step while it is launched, and would only read it late."""
+_STEP_TOKENS, _LARGE_STEP_TOKENS = 2048, 8192
+_LARGE_GPU = 64 << 30
+"""Bytes of memory, beside which the tensors of a large step are small."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ class EngineConfig:
     gpu_memory_fraction: float | None = None
     """Share of a GPU's memory that weights, cache and a step may take together, others' included; None
     leaves a part of what is free."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = 512
     """Sequences that run at once; more wait."""
-    max_num_batched_tokens: int = 2048
-    """Tokens of one forward pass; longer prompts are prefilled in chunks."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one forward pass; longer prompts are prefilled in chunks. None: 8192 on a GPU of 64 GiB and
+    more, else 2048, and no fewer than `max_num_seqs`."""
     max_model_len: int | None = None
     """Longest prompt and output together; None takes the model's own context."""
     prefix_cache: bool = True
@@ -54,12 +54,12 @@ class EngineConfig:
     linear_kernel: str = "auto"
     """A rung of `strobe.linear`, or several by comma: each product takes the first that fits it."""
     sampling_kernel: str = "auto"
-    """How tokens are drawn: "torch" (auto), or "cuda": one launch without a sort."""
+    """How tokens are drawn: "torch", or on a GPU "cuda", one launch without a sort: what auto takes there."""
     overlap: bool | None = None
-    """Schedule and launch a step while the one before it runs, and read what it drew a step late; None
-    as `ON_GPU` says."""
+    """Schedule and launch a step while the one before it runs, and read what it drew a step late. None: on
+    a GPU; a CPU runs a step while it is launched, and would only read it late."""
     graphs: bool | None = None
-    """On a GPU, run steps that only decode as CUDA graphs, padded to few sizes; None as `ON_GPU` says."""
+    """On a GPU, where None takes them: run steps that only decode as CUDA graphs, padded to few sizes."""
     deterministic: bool = False
     """A greedy request gives the same tokens, to the bit, whatever else is served with it. Nothing is
     reused between prompts then, prompts run one after the other, and a request waits until it can stay."""
@@ -98,18 +98,23 @@ class EngineConfig:
             raise SettingsError(
                 "gpu_memory_fraction is given beside a size of the KV cache", hint="give one of them"
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.step_tokens < self.max_num_seqs:
             raise SettingsError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, max_num_seqs {self.max_num_seqs}; "
+                f"max_num_batched_tokens is {self.step_tokens}, max_num_seqs {self.max_num_seqs}; "
                 "supported: as many tokens as sequences, or more",
                 hint="each running sequence needs a token of every step",
             )
 
-    def on(self, device: str) -> EngineConfig:
-        """With what None stands for on a device of this type, "cpu" or "cuda"."""
+    @property
+    def step_tokens(self) -> int:
+        """`max_num_batched_tokens`, or what None stands for where no device is known."""
+        return self.max_num_batched_tokens or max(_STEP_TOKENS, self.max_num_seqs)
+
+    def on(self, device: str, memory: int) -> EngineConfig:
+        """With what None stands for on a device, "cpu" or "cuda", of so many bytes of memory."""
         chosen: dict[str, Any] = {
-            name: device == "cuda" and ON_GPU[name]
-            for name in _OPTIONAL_SWITCHES
-            if getattr(self, name) is None
+            name: device == "cuda" for name in _OPTIONAL_SWITCHES if getattr(self, name) is None
         }
+        if self.max_num_batched_tokens is None and device == "cuda" and memory >= _LARGE_GPU:
+            chosen["max_num_batched_tokens"] = max(_LARGE_STEP_TOKENS, self.max_num_seqs)
         return replace(self, **chosen)

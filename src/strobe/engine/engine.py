@@ -12,7 +12,7 @@ from strobe.attention import ladder
 from strobe.engine.config import EngineConfig
 from strobe.engine.detokenizer import Decoder, Detokenizer
 from strobe.engine.kv_cache import KvCache
-from strobe.engine.memory import plan_memory
+from strobe.engine.memory import memory_of, plan_memory
 from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
 from strobe.engine.sampler import Drawn, Sampled, Sampler, draw_for
@@ -53,8 +53,9 @@ class Engine:
         if config.attention_kernel != "auto":
             ladder.find(config.attention_kernel, "decode")
         linear_ladder.named(config.linear_kernel)
-        config = config.on(model.device.type)
-        self.memory = plan = plan_memory(model, config)
+        memory = memory_of(model.device)
+        config = config.on(model.device.type, memory.total)
+        self.memory = plan = plan_memory(model, config, memory)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config

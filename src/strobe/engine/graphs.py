@@ -3,17 +3,24 @@
 A graph reads and writes fixed addresses, for a fixed number of rows. So a step is padded to one of a few
 sizes, its arrays are sent to the places where the graph was captured to find them (`transfer.Staging`
 never moves them), and its logits are read from where the graph leaves them. A size runs eagerly the first
-time, which compiles and loads what it needs, and is captured the second time: a request waits for one
-capture a step at most.
+time, which compiles and loads what it needs, and is captured while the device runs that: no request waits
+for more than its own.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Protocol
 
 import torch
+
+from strobe.errors import DeviceError
+
+_log = logging.getLogger(__name__)
 
 LARGEST = 512
 """Rows of the largest graph. From there on a step takes so long that its launches hide behind it."""
@@ -25,7 +32,11 @@ class Recorder(Protocol):
     """Turns work into a recording: everything that CUDA has a part in."""
 
     def record(self, work: Work) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The tensor that the work returned, without having run it, and what runs it again."""
+        """The tensor that the work returned, without having run it, and what runs it again.
+
+        Raises:
+            RuntimeError, DeviceError: the work does what cannot be recorded.
+        """
         ...
 
 
@@ -45,10 +56,21 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # a capture that a call has broken says so again
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         current.wait_stream(self._stream)
-        return result, graph.replay
+        return _not_owning(result), graph.replay
+
+
+def _not_owning(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory, which is the pool's again: the next graph's tensors may lie there too,
+    else each size would keep logits of its own."""
+    memory = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3}
+    holder = SimpleNamespace(__cuda_array_interface__=memory)
+    return torch.as_tensor(holder, device=tensor.device).view(tensor.dtype).view(tensor.shape)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -57,9 +79,11 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
 
 def sizes_upto(rows: int) -> tuple[int, ...]:
-    """Rows of the graphs of an engine that runs up to `rows` sequences: 1, 2, 4, then multiples of 8."""
+    """Rows of the graphs of an engine that runs up to `rows` sequences: 1, 2, 4, then multiples of 8, and of
+    16 from 256 on."""
     largest = min(rows, LARGEST)
-    return (*(size for size in (1, 2, 4, *range(8, largest, 8)) if size < largest), largest)
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST, 16))
+    return (*(size for size in sizes if size < largest), largest)
 
 
 class DecodeGraphs:
@@ -68,15 +92,16 @@ class DecodeGraphs:
     def __init__(self, max_rows: int, recorder: Recorder) -> None:
         self.sizes = sizes_upto(max_rows)
         self._recorder = recorder
-        self._graphs: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], None]] | None] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], None]]] = {}
 
     @property
     def captured(self) -> int:
-        return sum(graph is not None for graph in self._graphs.values())
+        return len(self._graphs)
 
     def size_for(self, rows: int) -> int | None:
         """The rows of the smallest graph that holds so many; None where none does."""
-        return self.sizes[bisect_left(self.sizes, rows)] if rows <= self.sizes[-1] else None
+        at = bisect_left(self.sizes, rows)
+        return self.sizes[at] if at < len(self.sizes) else None
 
     def run(self, size: int, width: int, work: Work) -> torch.Tensor:
         """What `work` returns for the arrays as they now lie on the device.
@@ -84,12 +109,16 @@ class DecodeGraphs:
         `work` reads nothing but those arrays, at the same places for the same `size` and `width`, the
         weights and the cache. The tensor is overwritten by the next run of any graph.
         """
-        key = size, width
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return work()
-        graph = self._graphs[key] or self._recorder.record(work)
-        self._graphs[key] = graph
-        result, replay = graph
-        replay()
+        graph = self._graphs.get((size, width))
+        if graph is not None:
+            result, replay = graph
+            replay()
+            return result
+        result = work()
+        try:
+            self._graphs[size, width] = self._recorder.record(work)
+        except (RuntimeError, DeviceError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            _log.warning("steps run eagerly: these kernels cannot be captured in a CUDA graph: %s", reason)
+            self.sizes = ()
         return result

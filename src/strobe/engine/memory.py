@@ -182,7 +182,7 @@ def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int) -> int
     """
     hidden, widest = network.hidden, max(3 * network.intermediate, 2 * (network.q_size + network.kv_size))
     rows = config.max_num_seqs
-    streams = config.max_num_batched_tokens * (3 * hidden + widest) * itemsize
+    streams = config.step_tokens * (3 * hidden + widest) * itemsize
     once = streams + rows * network.vocab_size * (itemsize + 4 * 4)
     return 2 * once if config.graphs else once
 

@@ -46,8 +46,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> torch.Tensor:
-        """One forward pass; float32 logits `[rows, vocab_size]`: a row for each of `schedule.sampled`,
-        then one for each token of the chunks `schedule.scored`. The next run may overwrite them.
+        """One forward pass; logits `[rows, vocab_size]`, like the weights: a row for each of
+        `schedule.sampled`, then one for each token of the chunks `schedule.scored`. The next run may
+        overwrite them.
 
         Tokens that the host has not read yet are taken from those of the last `keep_drawn`.
         """
@@ -140,7 +141,7 @@ def _decodes(schedule: Schedule) -> bool:
 
 def _capacity(config: EngineConfig, max_model_len: int) -> int:
     """Bytes of the largest step's arrays."""
-    tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
+    tokens, rows = config.step_tokens, config.max_num_seqs
     pages = table_width(-(-max_model_len // config.page_size))
     words = [tokens] * 4 + [tokens + rows, 2 * rows]  # token_ids, positions, slots, picks; logits_at; copies
     halves = [rows, rows + 1, rows * pages]  # seq_lens, cu_seqlens; page_table

@@ -38,7 +38,7 @@ class Draw(Protocol):
 
 
 def draw_for(kernel: str, model: Model) -> Draw:
-    """How a model's tokens are drawn by the kernel of that name; "auto" is torch.
+    """How a model's tokens are drawn by the kernel of that name; "auto" is cuda where that fits.
 
     Raises:
         SettingsError: there is no such kernel, or it does not take this model's logits.
@@ -46,11 +46,14 @@ def draw_for(kernel: str, model: Model) -> Draw:
     stop_ids, vocab, device = model.config.eos_token_ids, model.config.vocab_size, model.device
     if kernel not in KERNELS:
         raise SettingsError(f"sampling_kernel is {kernel!r}; supported: {', '.join(KERNELS)}")
-    if kernel != "cuda":
+    if kernel == "torch":
         return TorchDraw(stop_ids)
-    if refused := sampling_cuda.refusals(vocab, model.dtype, device):
-        raise SettingsError(f"sampling_kernel 'cuda' does not fit: {'; '.join(refused)}")
-    return CudaDraw(stop_ids, vocab, device)
+    refused = sampling_cuda.refusals(vocab, model.dtype, device)
+    if not refused:
+        return CudaDraw(stop_ids, vocab, device)
+    if kernel == "auto":
+        return TorchDraw(stop_ids)
+    raise SettingsError(f"sampling_kernel 'cuda' does not fit: {'; '.join(refused)}")
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         copies: list[PageCopy] = []
         if not self.config.deterministic or not self._prefill_alone(chunks, copies):
-            budget = self._continue(self.config.max_num_batched_tokens, chunks, copies)
+            budget = self._continue(self.config.step_tokens, chunks, copies)
             if budget is not None and not self.config.deterministic:
                 self._admit(budget, chunks, copies)
         sampled, sampled_chunks = [], []
@@ -154,7 +154,7 @@ class Scheduler:
 
     def _prefill_alone(self, chunks: list[Chunk], copies: list[PageCopy]) -> bool:
         """For `deterministic`: the next chunk of the first prompt that is not run yet, if there is one."""
-        budget = self.config.max_num_batched_tokens
+        budget = self.config.step_tokens
         for sequence in self.running:
             start, end = sequence.computed, min(sequence.prompt_len, sequence.computed + budget)
             if start < end:

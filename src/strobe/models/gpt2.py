@@ -90,7 +90,7 @@ class GPT2:
         self.dtype = weights.embedding.dtype
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
+        """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
         w, kernel = self.weights, batch.linear_kernel
         x = F.embedding(batch.token_ids, w.embedding) + F.embedding(batch.positions, w.positions)
         for index, layer in enumerate(w.layers):
@@ -99,7 +99,7 @@ class GPT2:
             raised = layer.up(self._norm(x, layer.mlp_norm), kernel=kernel)
             layer.down(gelu_tanh(raised), residual=x, kernel=kernel)
         x = self._norm(x.index_select(0, batch.logits_at), w.norm)
-        return w.head(x, kernel=kernel).float()
+        return w.head(x, kernel=kernel)
 
     def _attention(self, index: int, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
         """qkv `[tokens, 3 * q_size]` → `[tokens, q_size]`, its keys and values appended."""

@@ -79,7 +79,7 @@ class Llama:
         self._signed_frequencies = rope.signed(config.frequencies, self.device)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
+        """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
         kernel = batch.linear_kernel
         x = F.embedding(batch.token_ids, self.weights.embedding)
         turn = rope.angles(batch.positions, self._signed_frequencies, x.dtype)
@@ -89,7 +89,7 @@ class Llama:
             layer.output(attended, residual=x, kernel=kernel)
             raised = layer.gate_up(x, kernel=kernel)
             layer.down(raised, residual=x, kernel=kernel)
-        return self.weights.head(x.index_select(0, batch.logits_at), kernel=kernel).float()
+        return self.weights.head(x.index_select(0, batch.logits_at), kernel=kernel)
 
     def _attention(
         self,

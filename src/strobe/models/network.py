@@ -23,7 +23,7 @@ class Model(Protocol):
     dtype: torch.dtype
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Append this step's keys and values to the batch's cache; float32 logits `[n, vocab_size]`."""
+        """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
 
 
 Weights = LlamaWeights | GPT2Weights

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from strobe.cuda import jit
 from strobe.ops import kernels
 
-FASTEST_FIRST = ("torch",)
-"""What `swiglu(kernel="auto")` tries on a GPU. "cuda", which has not been timed, is there by name."""
+FASTEST_FIRST = ("cuda", "torch")
+"""What `swiglu(kernel="auto")` tries on a GPU."""
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 256
@@ -43,8 +44,12 @@ def swiglu(gate_up: torch.Tensor, *, kernel: str = "auto") -> torch.Tensor:
     Raises:
         UnknownNameError, KernelRefusedError: as `kernels.choose`.
     """
-    if (gate_up.device.type != "cpu" or kernel != "auto") and _chosen(kernel, gate_up) == "cuda":
-        return _launch(gate_up)
+    if gate_up.device.type != "cpu" or kernel != "auto":
+        launch = _plan(kernel, kernels.kind_of(gate_up))
+        if launch is not None:
+            out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+            launch(gate_up.data_ptr(), out.data_ptr())
+            return out
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -58,20 +63,21 @@ def sources(arch: str) -> list[jit.Source]:
     return [jit.Source(_SOURCE, {"scalar_t": scalar}) for scalar in kernels.SCALAR.values()]
 
 
-def _chosen(kernel: str, gate_up: torch.Tensor) -> str:
+@lru_cache(kernels.PLANS)
+def _plan(kernel: str, kind: kernels.Kind) -> kernels.Prepared | None:
+    """The CUDA kernel's launch for an input of a kind, and None where torch is to run it."""
+    columns = kind.columns // 2
+
     def refused() -> list[str]:
-        return kernels.refusals(gate_up, gate_up[..., : gate_up.shape[-1] // 2])
+        return kernels.refusals(kind, columns)
 
-    return kernels.choose("swiglu", kernel, FASTEST_FIRST, torch=kernels.refuses_nothing, cuda=refused)
-
-
-def _launch(gate_up: torch.Tensor) -> torch.Tensor:
-    columns = gate_up.shape[-1] // 2
-    out = gate_up.new_empty((*gate_up.shape[:-1], columns))
-    vectors = out.nbytes // 16
-    if vectors:
-        defines = {"scalar_t": kernels.SCALAR[gate_up.dtype]}
-        launch = jit.kernel(_SOURCE, "swiglu", defines, gate_up.get_device())
-        args = [gate_up, out, ctypes.c_int(columns), ctypes.c_int(vectors)]
-        launch(-(-vectors // _THREADS), _THREADS, args, programmatic=kernels.programmatic(gate_up))
-    return out
+    chosen = kernels.choose("swiglu", kernel, FASTEST_FIRST, torch=kernels.refuses_nothing, cuda=refused)
+    if chosen == "torch" or not kind.rows:
+        return None
+    loaded = jit.kernel(_SOURCE, "swiglu", {"scalar_t": kernels.SCALAR[kind.dtype]}, kind.device.index)
+    vectors = kind.rows * columns * kind.dtype.itemsize // 16
+    args = [None, None, ctypes.c_int(columns), ctypes.c_int(vectors)]
+    programmatic = kernels.programmatic(kind.device)
+    return kernels.Prepared(
+        loaded.prepare(-(-vectors // _THREADS), _THREADS, args, programmatic=programmatic)
+    )

@@ -1,15 +1,52 @@
-"""What small operations with a CUDA kernel of their own share: the choice, and what such a kernel takes."""
+"""What small operations with a CUDA kernel of their own share: the choice, what such a kernel takes, and
+launches that are packed once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import NamedTuple
 
 import torch
 
+from strobe.cuda import jit
 from strobe.errors import KernelRefusedError, UnknownNameError
 
 SCALAR = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 """A dtype's name in CUDA (types.cuh)."""
+PLANS = 1024
+"""Choices and packed launches that an operation keeps: of the kinds of input met last."""
+
+
+class Kind(NamedTuple):
+    """All that the choice of a kernel, and its launch but for addresses, depend on: of the first tensor,
+    and of all the dtypes and whether they lie on 16 bytes."""
+
+    shape: torch.Size
+    device: torch.device
+    contiguous: bool
+    aligned: bool
+    dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dtypes[0]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[:-1].numel()
+
+
+def kind_of(x: torch.Tensor, *others: torch.Tensor) -> Kind:
+    addresses, dtypes = x.data_ptr(), [x.dtype]
+    for other in others:
+        addresses |= other.data_ptr()
+        dtypes.append(other.dtype)
+    return Kind(x.shape, x.device, x.is_contiguous(), not addresses % 16, tuple(dtypes))
 
 
 def choose(
@@ -39,23 +76,37 @@ def refuses_nothing() -> list[str]:
     return []
 
 
-def refusals(*tensors: torch.Tensor) -> list[str]:
-    """Why kernels that move 16 bytes at a time cannot take these, whose last dimensions are rows' lengths."""
-    first, reasons = tensors[0], []
-    if not first.is_cuda:
-        reasons.append(f"tensors on {first.device.type}; needs an NVIDIA GPU")
-    elif torch.cuda.get_device_capability(first.device)[0] < 8:
+def refusals(kind: Kind, *lengths: int) -> list[str]:
+    """Why kernels that move 16 bytes at a time cannot take these, whose rows have these lengths."""
+    reasons = []
+    if kind.device.type != "cuda":
+        reasons.append(f"tensors on {kind.device.type}; needs an NVIDIA GPU")
+    elif torch.cuda.get_device_capability(kind.device)[0] < 8:
         reasons.append("needs compute capability 8.0 and up")
-    if first.dtype not in SCALAR or any(tensor.dtype != first.dtype for tensor in tensors):
-        kinds = ", ".join(str(tensor.dtype) for tensor in tensors)
+    if kind.dtype not in SCALAR or len(set(kind.dtypes)) > 1:
+        kinds = ", ".join(map(str, kind.dtypes))
         reasons.append(f"dtypes {kinds}; supported: one of float16, bfloat16 and float32")
-    elif any(tensor.data_ptr() % 16 or tensor.shape[-1] * tensor.itemsize % 16 for tensor in tensors):
-        reasons.append(f"rows of {first.shape[-1]}; supported: whole pieces of 16 bytes, on 16 bytes")
-    if not first.is_contiguous():
+    elif not kind.aligned or any(length * kind.dtype.itemsize % 16 for length in lengths):
+        reasons.append(f"rows of {kind.columns}; supported: whole pieces of 16 bytes, on 16 bytes")
+    if not kind.contiguous:
         reasons.append("not contiguous")
     return reasons
 
 
-def programmatic(tensor: torch.Tensor) -> bool:
-    """Whether kernels on its device can start ahead of their turn: that came with Hopper."""
-    return torch.cuda.get_device_capability(tensor.device)[0] >= 9
+def programmatic(device: torch.device) -> bool:
+    """Whether kernels there can start ahead of their turn: that came with Hopper."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+class Prepared:
+    """A packed launch whose first arguments are addresses, which each call names; for several threads."""
+
+    def __init__(self, launch: jit.Launch) -> None:
+        self._launch = launch
+        self._lock = Lock()
+
+    def __call__(self, *addresses: int) -> None:
+        with self._lock:
+            for argument, address in zip(self._launch.args, addresses, strict=False):
+                argument.value = address
+            self._launch()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from strobe.cuda import jit
 from strobe.ops import kernels
 
-FASTEST_FIRST = ("torch",)
-"""What `rms_norm(kernel="auto")` tries on a GPU. "cuda", which has not been timed, is there by name."""
+FASTEST_FIRST = ("cuda", "torch")
+"""What `rms_norm(kernel="auto")` tries on a GPU."""
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS, _VECTORS_MAX = 256, 8
@@ -53,8 +54,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, kernel: str =
             row = x[0]
             mean = torch.dot(row, row).item() / row.shape[0] + eps
             return (x * (mean**-0.5 if mean else math.inf)).mul_(weight)
-    elif _chosen(kernel, x, weight) == "cuda":
-        return _launch(x, weight, eps)
+    elif (launch := _plan(kernel, kernels.kind_of(x, weight), eps)) is not None:
+        out = torch.empty_like(x)
+        launch(x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        return out
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -67,29 +70,28 @@ def sources(arch: str) -> list[jit.Source]:
     return [jit.Source(_SOURCE, _defines(dtype, 4096)) for dtype in kernels.SCALAR]
 
 
-def _chosen(kernel: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+@lru_cache(kernels.PLANS)
+def _plan(kernel: str, kind: kernels.Kind, eps: float) -> kernels.Prepared | None:
+    """The CUDA kernel's launch for x of a kind, and None where torch is to run it."""
+
     def refused() -> list[str]:
-        return _cuda_refusals(x, weight)
+        return _cuda_refusals(kind)
 
-    return kernels.choose("rms_norm", kernel, FASTEST_FIRST, torch=kernels.refuses_nothing, cuda=refused)
+    chosen = kernels.choose("rms_norm", kernel, FASTEST_FIRST, torch=kernels.refuses_nothing, cuda=refused)
+    if chosen == "torch" or not kind.rows:
+        return None
+    loaded = jit.kernel(_SOURCE, "rms_norm", _defines(kind.dtype, kind.columns), kind.device.index)
+    args = [None, None, None, ctypes.c_int(kind.columns), ctypes.c_float(eps)]
+    programmatic = kernels.programmatic(kind.device)
+    return kernels.Prepared(loaded.prepare(kind.rows, _THREADS, args, programmatic=programmatic))
 
 
-def _cuda_refusals(x: torch.Tensor, weight: torch.Tensor) -> list[str]:
-    reasons = kernels.refusals(x, weight)
-    if not reasons and _vectors(x.dtype, x.shape[-1]) > _VECTORS_MAX:
-        reasons.append(
-            f"rows of {x.shape[-1]}; supported: up to {_VECTORS_MAX * _THREADS * 16 // x.itemsize}"
-        )
+def _cuda_refusals(kind: kernels.Kind) -> list[str]:
+    reasons = kernels.refusals(kind, kind.columns)
+    if not reasons and _vectors(kind.dtype, kind.columns) > _VECTORS_MAX:
+        most = _VECTORS_MAX * _THREADS * 16 // kind.dtype.itemsize
+        reasons.append(f"rows of {kind.columns}; supported: up to {most}")
     return reasons
-
-
-def _launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    out, columns = torch.empty_like(x), x.shape[-1]
-    if x.numel():
-        launch = jit.kernel(_SOURCE, "rms_norm", _defines(x.dtype, columns), x.get_device())
-        args = [x, weight, out, ctypes.c_int(columns), ctypes.c_float(eps)]
-        launch(x.numel() // columns, _THREADS, args, programmatic=kernels.programmatic(x))
-    return out
 
 
 def _defines(dtype: torch.dtype, columns: int) -> dict[str, jit.Define]:

@@ -22,6 +22,8 @@ _SCALAR = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _THREADS = 512
 _MOST_BLOCKS = 8
 """Of a cluster: what every GPU that has clusters can place."""
+_SLICE = 16384
+"""Tokens of a row that a block holds at most, where more blocks would do."""
 _PADDING = 16
 _STATIC_SHARED = 21 * 1024
 
@@ -175,12 +177,13 @@ def sources(arch: str) -> list[jit.Source]:
     return [jit.Source(_SOURCE, {"scalar_t": scalar}) for scalar in _SCALAR.values()]
 
 
-def blocks_for(rows: int, vocab: int, sm_count: int) -> int:
-    """Blocks that share a row: more where the rows alone would leave SMs idle. No answer depends on it."""
-    blocks = 1
+def blocks_for(rows: int, vocab: int, sm_count: int, *, holds: bool) -> int:
+    """Blocks that share a row: more where the rows alone would leave SMs idle, and where each `holds` its
+    slice in shared memory, so many that two of them fit an SM. No answer depends on it."""
+    blocks, most = 1, _SLICE if holds else vocab
     while blocks < _MOST_BLOCKS:
         slice_size = -(-vocab // blocks)
-        if slice_size <= (2048 if 2 * blocks * rows <= sm_count else 16384):
+        if slice_size <= (2048 if 2 * blocks * rows <= sm_count else most):
             break
         blocks *= 2
     return blocks
@@ -204,7 +207,7 @@ def _launch(entry: str, logits: torch.Tensor, params: _Sample | _Score) -> None:
     seen = _gpu(index)
     holds = entry == "score" or bool(params.rows)  # the likeliest of a row is found on the way
     if seen.arch >= 90:
-        blocks = blocks_for(params.count, vocab, seen.sm_count)
+        blocks = blocks_for(params.count, vocab, seen.sm_count, holds=holds)
         shared = _slice_bytes(vocab, blocks) if holds else 0
         grid = params.count * blocks
         kernel(grid, _THREADS, params, shared_bytes=shared, cluster=blocks, programmatic=True)
