@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from strobe.checkpoints import GenerationDefaults, load
+from strobe.checkpoints import GenerationDefaults, load, meta
 from strobe.checkpoints.huggingface_config import model_config
 from strobe.models.config import Rope
 
@@ -77,6 +77,17 @@ def test_windows_of_configs_without_layer_types():
     )
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("said", [{}, {"sliding_window": None}, {"sliding_window": 40}], ids=str)
+def test_a_window_that_a_config_leaves_unsaid(family, said):
+    """Left out it is transformers' own default, null is no window."""
+    theirs = getattr(transformers, f"{family}Config")(use_sliding_window=True, **said)
+    values = {**theirs.to_dict(), "architectures": [f"{family}ForCausalLM"]}
+    values = {key: value for key, value in values.items() if key not in ("sliding_window", "layer_types")}
+    ours = model_config(Path("config.json"), {**values, **said}, {})
+    assert ours.sliding_window == theirs.sliding_window
+
+
 @pytest.mark.parametrize(
     ("generation", "eos", "defaults"),
     [
@@ -120,6 +131,16 @@ def test_meta_llama3(tmp_path, formats, assert_equal_logits):
     found = load(tmp_path, device="cpu")
     assert_equal_logits(found.model, theirs)
     assert found.config.max_position == 131072
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(3072, 32), (4096, 8)], ids=["3.2", "3.1"])
+def test_meta_leaves_the_rope_factor_unsaid(tmp_path, dim, factor):
+    """The params.json of Llama 3.1 8B and 3.2 3B say alike that rope is scaled, and not by how much."""
+    said = {"dim": dim, "n_heads": dim // 128, "n_layers": 1, "n_kv_heads": 8, "vocab_size": 16}
+    said |= {"multiple_of": 1, "norm_eps": 1e-5, "rope_theta": 5e5, "use_scaled_rope": True}
+    (tmp_path / "params.json").write_text(json.dumps(said))
+    torch.save({"output.weight": torch.zeros(16, dim)}, tmp_path / "consolidated.00.pth")
+    assert meta.read(tmp_path).config.rope == Rope(5e5, "llama3", factor, 1, 4, 8192)
 
 
 def test_meta_without_a_head_is_tied(tmp_path, formats, assert_equal_logits):

@@ -62,6 +62,9 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }
 """Keys that change the network where they hold anything but these (or null)."""
 
+_UNSAID_WINDOW = 4096
+"""The window of a config that has no `sliding_window`; one that says null has none."""
+
 _ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
@@ -193,9 +196,9 @@ def _gpt2(keys: _Keys, tokens: Mapping[str, Any]) -> ModelConfig:
 def _window(keys: _Keys, family: _Family, layers: int) -> tuple[int | None, frozenset[int] | None]:
     """`sliding_window` and the layers it binds (None: all)."""
     bound = family.window == "all" or (family.window == "upper" and keys.flag("use_sliding_window", False))
-    if not bound or not keys.has("sliding_window"):
+    if not bound or keys.values.get("sliding_window", _UNSAID_WINDOW) is None:
         return None, None
-    window = keys.integer("sliding_window")
+    window = keys.integer("sliding_window", _UNSAID_WINDOW)
     kinds = keys.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or set(map(str, kinds)) - {"full_attention", "sliding_attention"}:

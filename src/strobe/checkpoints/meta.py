@@ -46,6 +46,8 @@ _LAYER = {
 """Meta's name → Hugging Face's, and the dimension that is split over the files."""
 _INDEX_LIMIT = 16 << 20
 """Bytes of the largest pickle of names and shapes read: a thousand times that of Llama 3 405B."""
+_SMALLEST_3_1 = 4096
+"""`dim` of Llama 3.1 8B; the text models of 3.2 have 2048 and 3072."""
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -202,21 +204,22 @@ def _config(path: Path, params: Mapping[str, Any], first: PickledShard) -> Model
             vocab_size=vocab_size,
             max_position=131072 if scaled else 8192 if llama3 else 4096,
             norm_eps=number("norm_eps", 1e-5),
-            rope=_rope(number, scaled),
+            rope=_rope(number, scaled, dim),
             tie_embeddings="output.weight" not in shapes,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
 
 
-def _rope(number: Any, scaled: bool) -> Rope:
+def _rope(number: Any, scaled: bool, dim: int) -> Rope:
+    """Meta's files leave the factor out: it is 8 for Llama 3.1 and 32 for the small models of 3.2."""
     theta = float(number("rope_theta", 10000.0))
     if not scaled:
         return Rope(theta=theta)
     return Rope(
         theta=theta,
         scaling="llama3",
-        factor=float(number("rope_scale_factor", 8)),
+        factor=float(number("rope_scale_factor", 32 if dim < _SMALLEST_3_1 else 8)),
         low_freq_factor=float(number("rope_low_freq_factor", 1)),
         high_freq_factor=float(number("rope_high_freq_factor", 4)),
         original_max_position=8192,
