@@ -97,6 +97,35 @@ def test_cache_is_appended_to_and_read(interleaved: bool, kv_max: int) -> None:
     torch.testing.assert_close(k_cache[untouched], caches[0, untouched])
 
 
+def test_slices_of_a_longer_cache() -> None:
+    """Rows of a slice lie further apart than they are long; a head-major cache is no run of pages at all."""
+    whole = torch.randn(2, 3, 96, 2, 8)
+    head_major = torch.randn(2, 3, 2, 64, 8).transpose(2, 3)
+    lengths = torch.tensor([17, 0, 61], dtype=torch.int32)
+    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 2, 8), torch.randn(3, 2, 2, 8)
+    for k_cache, v_cache in (
+        whole[:, :, :64],
+        whole[:, 1:, 32:],
+        head_major,
+        (whole[0, :, :64], head_major[1]),
+        whole[:, :1, :63],
+    ):
+        rows = torch.randperm(k_cache.shape[0])
+        before = k_cache.clone()
+        n = lengths[: len(rows)]
+        new = (q, k, v) if len(rows) == 3 else (q[: len(rows)], k[: len(rows)], v[: len(rows)])
+        out = fa.flash_attn_with_kvcache(
+            new[0], k_cache, v_cache, *new[1:], cache_seqlens=n, cache_batch_idx=rows, causal=True
+        )
+        for i, row in enumerate(rows.tolist()):
+            end = int(n[i]) + 2
+            torch.testing.assert_close(k_cache[row, end - 2 : end], k[i])
+            torch.testing.assert_close(v_cache[row, end - 2 : end], v[i])
+            torch.testing.assert_close(k_cache[row, end:], before[row, end:])
+            expected = reference(q[i], k_cache[row, :end], v_cache[row, :end], True)
+            torch.testing.assert_close(out[i], expected, atol=2e-6, rtol=0)
+
+
 def test_paged_cache() -> None:
     table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
     k_pages, v_pages = torch.randn(2, 4, 16, 1, 8)
@@ -120,13 +149,55 @@ def test_what_is_missing_is_refused_by_name() -> None:
         fa.flash_attn_with_kvcache(x, x, x, cache_leftpad=torch.zeros(1))
 
 
-def test_signatures_begin_like_flash_attns() -> None:
-    names = list(inspect.signature(fa.flash_attn_func).parameters)
-    assert names[:7] == ["q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size"]
-    names = list(inspect.signature(fa.flash_attn_varlen_func).parameters)
-    assert names[3:7] == ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
-    names = list(inspect.signature(fa.flash_attn_with_kvcache).parameters)
-    assert names[3:8] == ["k", "v", "rotary_cos", "rotary_sin", "cache_seqlens"]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache_seqlens": None}, "k and v without cache_seqlens"),
+        ({"v": None}, "one of k and v"),
+        ({"rotary_cos": torch.ones(20, 4)}, "one of k and v, or of rotary_cos and rotary_sin"),
+        (
+            {"k": None, "v": None, "rotary_cos": torch.ones(20, 4), "rotary_sin": torch.ones(20, 4)},
+            "without k",
+        ),
+        (
+            {"rotary_cos": torch.ones(20, 5), "rotary_sin": torch.ones(20, 5)},
+            r"supported: \[positions, up to 4\]",
+        ),
+        ({"rotary_cos": torch.ones(5, 4), "rotary_sin": torch.ones(5, 4)}, "have 5 positions; the last is 5"),
+        ({"k": torch.ones(2, 3, 1, 8)}, r"k is \[2, 3, 1, 8\].*supported: \[2, new_len, 2, 8\] both"),
+        ({"k": torch.ones(1, 3, 2, 8), "v": torch.ones(1, 3, 2, 8)}, r"k is \[1, 3, 2, 8\]"),
+        ({"cache_seqlens": torch.ones(1, dtype=torch.int32)}, r"cache_seqlens is \[1\]; supported: \[2\]"),
+    ],
+)
+def test_what_does_not_fit_the_cache_is_refused(changes: dict[str, object], message: str) -> None:
+    cache = torch.zeros(2, 2, 16, 2, 8)
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8)
+    with pytest.raises(ProblemError, match=message):
+        fa.flash_attn_with_kvcache(q, *cache, **{"k": k, "v": v, "cache_seqlens": 3, **changes})
+    assert not cache.any()
+
+
+def test_signatures_are_flash_attns() -> None:
+    """Names, order and defaults of flash_attn 2.8, so that calls by position and by name both fit."""
+    options = (
+        "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 alibi_slopes=None"
+    )
+    last = "deterministic=False return_attn_probs=False"
+    lengths = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+    signatures = {
+        fa.flash_attn_func: f"q k v {options} {last}",
+        fa.flash_attn_varlen_func: f"q k v {lengths} {options} {last} block_table=None",
+        fa.flash_attn_with_kvcache: "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None "
+        "cache_seqlens=None cache_batch_idx=None cache_leftpad=None block_table=None softmax_scale=None "
+        "causal=False window_size=(-1,-1) softcap=0.0 rotary_interleaved=True alibi_slopes=None num_splits=0 "
+        "return_softmax_lse=False",
+    }
+    for function, expected in signatures.items():
+        given = [
+            name if p.default is p.empty else f"{name}={p.default}".replace(" ", "")
+            for name, p in inspect.signature(function).parameters.items()
+        ]
+        assert given == expected.split()
 
 
 @pytest.mark.parametrize(

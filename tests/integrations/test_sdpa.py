@@ -31,6 +31,19 @@ def test_masks(shape: tuple[int, ...], kind: str) -> None:
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5, 7), (1, 4, 1, 1, 7), (2, 4, 3, 5, 7), (4, 3, 5, 7), (5, 7)])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_masks_over_two_batch_dimensions(shape: tuple[int, ...], kind: str) -> None:
+    q = torch.randn(2, 4, 3, 5, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 4, 3, 7, 8, dtype=torch.float64)
+    mask = torch.randn(shape, dtype=torch.float64)
+    if kind == "bool":
+        mask = mask > 0
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
+
+
 def test_other_ranks_scale_and_gqa() -> None:
     q, k, v = torch.randn(3, 5, 8), torch.randn(3, 6, 8), torch.randn(3, 6, 8)
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.3)
@@ -64,3 +77,21 @@ def test_redirect_takes_what_fits_and_passes_the_rest_on() -> None:
         assert (mode.taken, mode.passed_on) == (1, 2)
     F.scaled_dot_product_attention(q, k, v)
     assert (mode.taken, mode.passed_on) == (1, 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_redirect_reaches_into_torchs_modules(training: bool) -> None:
+    """torch.nn.MultiheadAttention, and the encoder layer's fused path, which stands aside for a mode."""
+    attention = torch.nn.MultiheadAttention(24, 3, batch_first=True).train(training)
+    layer = torch.nn.TransformerEncoderLayer(24, 3, 32, dropout=0.0, batch_first=True).train(training)
+    x, torchs = torch.randn(2, 7, 24), F.scaled_dot_product_attention
+    hidden = torch.zeros(2, 7, dtype=torch.bool)
+    hidden[0, 4:] = True
+    with torch.no_grad():
+        expected = attention(x, x, x, need_weights=False)[0], layer(x, src_key_padding_mask=hidden)
+        with redirect() as mode:
+            given = attention(x, x, x, need_weights=False)[0], layer(x, src_key_padding_mask=hidden)
+    assert (mode.taken, mode.passed_on) == (2, 0)
+    assert F.scaled_dot_product_attention is torchs
+    torch.testing.assert_close(given[0], expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(given[1][~hidden], expected[1][~hidden], atol=1e-5, rtol=0)

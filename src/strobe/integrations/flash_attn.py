@@ -7,6 +7,7 @@ have (dropout, alibi slopes, attention probabilities) is refused by name. Runs o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from strobe.errors import ProblemError
 
 Tensor = torch.Tensor
 NO_WINDOW = (-1, -1)
+_LARGEST_PAGE = 256
 
 
 def flash_attn_func(
@@ -124,19 +126,22 @@ def flash_attn_with_kvcache(
     `[batch]` counts the keys before the new ones (None: the whole cache). rotary_cos and rotary_sin
     `[positions, rotary_dim / 2]` rotate k at its positions, and q at the same where causal or
     windowed, else all of q at cache_seqlens. `num_splits` is strobe's own choice and ignored.
+
+    Raises ProblemError for what does not fit together; lengths, page and position numbers are checked on
+    a CPU, and on a GPU the caller's word.
     """
     _refuse(0.0, alibi_slopes)
     if cache_leftpad is not None:
         raise ProblemError("cache_leftpad is given; supported: None", hint="shift the page table instead")
     if block_table is not None and cache_batch_idx is not None:
         raise ProblemError("cache_batch_idx with block_table; supported: one of the two")
-    if (k is None) != (v is None) or (rotary_cos is not None and k is None):
-        raise ProblemError("k, v and rotary belong together; supported: k and v, and rotary only with them")
+    _check_new(q, k_cache, k, v, rotary_cos, rotary_sin)
+    if k is not None and cache_seqlens is None:
+        raise ProblemError("k and v without cache_seqlens; supported: with the number of keys before them")
     batch, q_len = q.shape[:2]
     if block_table is None:
         rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        k_cache, table = _pages(k_cache, rows)
-        v_cache, _ = _pages(v_cache, rows)
+        k_cache, v_cache, table = _pages(k_cache, v_cache, rows)
     else:
         table = block_table
     page_size = k_cache.shape[1]
@@ -145,12 +150,13 @@ def flash_attn_with_kvcache(
     new_len = 0
     if k is not None and v is not None:
         new_len = k.shape[1]
+        if q.device.type == "cpu":
+            _check_room(before, new_len, table, k_cache)
+            _check_positions(before, max(new_len, q_len), rotary_cos)
         if rotary_cos is not None and rotary_sin is not None:
             k = _rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved, step=1)
             moves = causal or tuple(window_size) != NO_WINDOW
             q = _rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, step=1 if moves else 0)
-        if q.device.type == "cpu":
-            _check_room(before, new_len, table, k_cache)
         at = before[:, None].long() + torch.arange(new_len, device=q.device)
         pages = table.long().gather(1, at // page_size)
         k_cache[pages, at % page_size] = k.to(k_cache.dtype)
@@ -169,20 +175,67 @@ def flash_attn_with_kvcache(
     )
 
 
-def _pages(cache: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A contiguous cache `[batch_cache, kv_max, ...]` as pages, and the page table of these rows of it."""
-    kv_max = cache.shape[1]
-    page_size = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if kv_max % size == 0)
-    per_row = kv_max // page_size
-    pages = torch.arange(per_row, dtype=torch.int32, device=cache.device)
-    return cache.view(-1, page_size, *cache.shape[2:]), rows.to(torch.int32)[:, None] * per_row + pages
+def _check_new(
+    q: Tensor,
+    k_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+) -> None:
+    """Raise ProblemError unless new keys and values, and the tables that turn them, fit q and the cache."""
+    if (k is None) != (v is None) or (rotary_cos is None) != (rotary_sin is None):
+        raise ProblemError("one of k and v, or of rotary_cos and rotary_sin; supported: both or neither")
+    if k is None or v is None:
+        if rotary_cos is not None:
+            raise ProblemError("rotary_cos and rotary_sin without k and v; supported: with new keys")
+        return
+    if k.dim() != 4 or k.shape != v.shape or (len(k), *k.shape[2:]) != (len(q), *k_cache.shape[2:]):
+        supported = f"[{len(q)}, new_len, {', '.join(map(str, k_cache.shape[2:]))}] both"
+        raise ProblemError(f"k is {list(k.shape)}, v {list(v.shape)}; supported: {supported}")
+    if rotary_cos is None or rotary_sin is None:
+        return
+    if rotary_cos.shape != rotary_sin.shape or rotary_cos.dim() != 2 or 2 * rotary_cos.shape[1] > q.shape[-1]:
+        given = f"rotary_cos is {list(rotary_cos.shape)}, rotary_sin {list(rotary_sin.shape)}"
+        raise ProblemError(f"{given}; supported: [positions, up to {q.shape[-1] // 2}] both")
+
+
+def _pages(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Caches `[batch_cache, kv_max, ...]` seen as pages, and the page table of these rows of them.
+
+    Rows of a slice of a longer cache stand further apart than kv_max: what lies between has page numbers
+    too, which no table holds. Where rows are not whole pages apart, each is one page.
+    """
+    batch, kv_max = k_cache.shape[:2]
+    apart = _tokens_apart(k_cache) if batch > 1 else kv_max
+    if apart < max(kv_max, 1) or (batch > 1 and apart != _tokens_apart(v_cache)):
+        return k_cache, v_cache, rows.to(torch.int32)[:, None]
+    page_size = math.gcd(_LARGEST_PAGE, kv_max, apart)
+    count = ((batch - 1) * apart + kv_max) // page_size
+    k_pages, v_pages = (
+        cache.as_strided(
+            (count, page_size, *cache.shape[2:]), (page_size * cache.stride(1), *cache.stride()[1:])
+        )
+        for cache in (k_cache, v_cache)
+    )
+    pages = torch.arange(kv_max // page_size, dtype=torch.int32, device=k_cache.device)
+    return k_pages, v_pages, rows.to(torch.int32)[:, None] * (apart // page_size) + pages
+
+
+def _tokens_apart(cache: Tensor) -> int:
+    """Tokens from the start of a row to the next row's; 0 where that is no whole number of them."""
+    row, token = cache.stride()[:2]
+    return row // token if token and row % token == 0 else 0
 
 
 def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: torch.device) -> Tensor:
-    if isinstance(cache_seqlens, torch.Tensor):
-        return cache_seqlens.to(torch.int32)
-    length = room if cache_seqlens is None else cache_seqlens
-    return torch.full((batch,), length, dtype=torch.int32, device=device)
+    """int32 `[batch]`: each row's keys before the new ones."""
+    if not isinstance(cache_seqlens, torch.Tensor):
+        length = room if cache_seqlens is None else cache_seqlens
+        return torch.full((batch,), length, dtype=torch.int32, device=device)
+    if cache_seqlens.shape != (batch,):
+        raise ProblemError(f"cache_seqlens is {list(cache_seqlens.shape)}; supported: [{batch}], one a row")
+    return cache_seqlens.to(torch.int32)
 
 
 def _check_room(before: Tensor, new_len: int, table: Tensor, k_cache: Tensor) -> None:
@@ -197,6 +250,13 @@ def _check_room(before: Tensor, new_len: int, table: Tensor, k_cache: Tensor) ->
     wrong = table[(torch.arange(table.shape[1]) * page_size < ends) & ((table < 0) | (table >= pages))]
     if wrong.numel():
         raise ProblemError(f"block_table holds page {int(wrong[0])}; the cache has {pages} pages, from 0")
+
+
+def _check_positions(before: Tensor, tokens: int, cos: Tensor | None) -> None:
+    """Raise ProblemError where a token stands past the last position of the rotary tables."""
+    last = int(before.max()) + tokens - 1 if cos is not None and before.numel() else -1
+    if cos is not None and last >= len(cos):
+        raise ProblemError(f"rotary_cos and rotary_sin have {len(cos)} positions; the last is {last}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: Tensor, interleaved: bool, step: int) -> Tensor:

@@ -13,6 +13,8 @@ from strobe.attention.api import attention
 from strobe.attention.problem import UNLIMITED
 from strobe.errors import KernelRefusedError, ProblemError
 
+_TORCHS = F.scaled_dot_product_attention
+
 
 def scaled_dot_product_attention(
     query: torch.Tensor,
@@ -47,6 +49,8 @@ def scaled_dot_product_attention(
         k, v = k[:, :, :q_len], v[:, :, :q_len]  # no query sees past the q_len-th key
         window = (UNLIMITED, 0)
     if attn_mask is not None:
+        if attn_mask.dim() > 3 and query.dim() > 4:  # only then has it leading dimensions of its own
+            attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:])
         bias = _four(_additive(attn_mask, q.dtype))
     out = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=window, scale=scale, bias=bias
@@ -70,8 +74,9 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class redirect(TorchFunctionMode):
     """`with redirect():` torch's own scaled_dot_product_attention calls run on strobe where it fits.
 
-    A call that strobe refuses (dropout, a dtype it lacks) or that needs gradients goes to torch, and
-    is counted in `.passed_on`; the others in `.taken`.
+    Those of torch.nn.MultiheadAttention and what stands on it are among them. A call that strobe refuses
+    (dropout, a dtype it lacks) or that needs gradients goes to torch, and is counted in `.passed_on`;
+    the others in `.taken`.
     """
 
     def __init__(self) -> None:
@@ -86,8 +91,23 @@ class redirect(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is _TORCHS:
+            return self._attend(*args, **kwargs)
+        if func is not F.multi_head_attention_forward:
             return func(*args, **kwargs)
+
+        def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+            F.scaled_dot_product_attention = _TORCHS  # which strobe may call in its turn
+            return self._attend(*args, **kwargs)
+
+        # a mode does not see what a function calls in its turn; this one calls once, by the module's name
+        F.scaled_dot_product_attention = attend
+        try:
+            return func(*args, **kwargs)
+        finally:
+            F.scaled_dot_product_attention = _TORCHS
+
+    def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             try:
@@ -98,4 +118,4 @@ class redirect(TorchFunctionMode):
                 self.taken += 1
                 return out
         self.passed_on += 1
-        return func(*args, **kwargs)
+        return _TORCHS(*args, **kwargs)
