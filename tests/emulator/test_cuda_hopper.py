@@ -76,8 +76,11 @@ WAYS = [
     (64, Tile(bulk_store=True)),
     (64, Tile(consumers=3, bulk_store=True)),
     (96, Tile(bulk_store=True)),
-    (128, Tile(bulk_store=True)),
+    (128, Tile(bulk_store=True, q_stages=3)),
     (128, Tile(consumers=3, keys=64)),
+    (128, Tile(folded=True)),
+    (64, Tile(folded=True, bulk_store=True)),
+    (256, Tile(keys=64, q_stages=1, folded=True)),
 ]
 
 
@@ -87,13 +90,16 @@ def test_other_ways_of_working(head_dim: int, tile: Tile) -> None:
     odd = random.randint(1, tile.queries - 1)
     length = tile.queries + odd
     case = Case("way", ((length, length + random.choice([0, 128])),), 3, 1, head_dim)
-    answer(replace(case, causal=True, softcap=random.choice([0.0, 20.0])), tile, sm_count=2)
+    longer = replace(case, rows=((length, length + random.randint(0, 300)),)) if tile.folded else case
+    answer(replace(longer, causal=True, softcap=random.choice([0.0, 20.0])), tile, sm_count=2)
 
 
 def test_what_a_way_cannot_do_is_refused() -> None:
     window = Case("window", ((300, 300),), 2, 1, 64, window=(30, 0)).inputs(torch.bfloat16).problem
     packed = Case("packed", ((30, 30),), 2, 1, 64, "packed").inputs(torch.bfloat16).problem
     for problem, tile, reason in (
+        (window, Tile(folded=True), "folded; supported"),
+        (packed, Tile(folded=True), "folded; supported"),
         (packed, Tile(bulk_store=True), "bulk_store; supported"),
         (window, Tile(bulk_store=True, q_stages=1), "bulk_store; supported"),
         (window, Tile(consumers=9), "supported: consumers 2, 3"),

@@ -71,7 +71,8 @@ def test_three_consumers(case: Case) -> None:
 
 WAYS = {
     "plain": Tile(),
-    "bulk_store": Tile(bulk_store=True, section_mib=4),
+    "bulk_store": Tile(bulk_store=True),
+    "three_q": Tile(bulk_store=True, q_stages=3, section_mib=4),
     "three": Tile(consumers=3, keys=64),
     "three_bulk": Tile(consumers=3, keys=64, bulk_store=True),
 }
@@ -81,6 +82,12 @@ WAY_CASES = (
     Case("odd_tiles", ((640, 1408),) * 9, 16, 16, causal=True),
     Case("full", ((513, 900),) * 15, 16, 2),
     Case("one_query", ((1, 70),) * 3, 8, 2),
+)
+FOLDS = (
+    Case("small", ((512, 512),), 32, 8, causal=True),
+    Case("odd", ((333, 777),), 16, 8, window=(-1, 5)),
+    Case("one_block_of_rows", ((30, 300),) * 3, 16, 2, causal=True),
+    Case("more_tiles_than_sms", ((190, 190),) * 9, 16, 16, causal=True, softcap=20.0, sinks=True),
 )
 
 
@@ -98,6 +105,17 @@ def test_ways_of_working(case: Case, head_dim: int, tile: Tile) -> None:
     for out in runs:
         cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, None, tile)
     assert all(torch.equal(runs[0], out) for out in runs[1:])
+
+
+@pytest.mark.parametrize("case", FOLDS, ids=str)
+@pytest.mark.parametrize("head_dim", cuda_hopper.HEAD_DIMS)
+def test_folded_tiles(case: Case, head_dim: int) -> None:
+    inputs = replace(case, head_dim=head_dim).inputs(torch.float16, "cuda")
+    for bulk_store in (False, True):
+        tile = replace(TILES[head_dim], folded=True, bulk_store=bulk_store)
+        if not cuda_hopper.refusals_for_tile(inputs.problem, tile):
+            judged = judge(inputs, tile)
+            assert judged.right, (tile, judged)
 
 
 @pytest.mark.parametrize("way", WAYS)

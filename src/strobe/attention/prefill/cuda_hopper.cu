@@ -13,7 +13,8 @@
 //
 // Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
-// paged), BULK_STORE (results leave through shared memory and the copy engine).
+// paged), BULK_STORE (results leave through shared memory and the copy engine), FOLDED (few causal tiles: a block works
+// on one alone, and of a head's queries its consumers take 64 from the front and 64 from the back).
 #include "barrier.cuh"
 #include "grid_dependency.cuh"
 #include "mask.cuh"
@@ -34,12 +35,16 @@ constexpr Swizzle SWIZZLE = PANEL == 64 ? Swizzle::B128 : Swizzle::B64;
 constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
 constexpr u32 KV_BYTES = K_TILE * HEAD_DIM * 2, KV_PANEL_BYTES = K_TILE * PANEL * 2;
 constexpr bool PAGED = PAGE_SIZE > 0;
+constexpr int PAGE_ROWS = PAGED && PAGE_SIZE < K_TILE ? PAGE_SIZE : K_TILE;  // keys of one copy
+constexpr int V_ROWS = PAGE_ROWS % 16 ? K_TILE : PAGE_ROWS;  // values of so many keys, all panels, are one after the other
 constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
 
-static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");
+static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");static_assert(!FOLDED || (CONSUMERS == 2 && HAS_RIGHT && !HAS_LEFT && !KEYLESS && !PACKED_Q),
+              "both consumers' keys begin at 0, and the second one's end last");
+
 struct Work;
 
 struct Params {
@@ -62,11 +67,19 @@ struct Params {
 
 // A tile of queries of one head and the keys that it sees. head -1: there are no more.
 struct Work {
-  int batch, head, q_first;
-  int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
-  KeyTiles keys;
+  static constexpr int PARTS = FOLDED ? CONSUMERS : 1;
 
-  __device__ __forceinline__ bool sees_keys() const { return keys.begin < keys.end; }
+  int batch, head;
+  int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
+  int q_first[PARTS];
+  KeyTiles keys[PARTS];
+
+  __device__ __forceinline__ int q_first_of(int consumer) const {
+    return FOLDED ? q_first[consumer] : q_first[0] + consumer * ROWS;
+  }
+  __device__ __forceinline__ const KeyTiles& keys_of(int consumer) const { return keys[FOLDED ? consumer : 0]; }
+  __device__ __forceinline__ const KeyTiles& all_keys() const { return keys[PARTS - 1]; }
+  __device__ __forceinline__ bool sees_keys() const { return all_keys().begin < all_keys().end; }
   __device__ __forceinline__ WindowMask<HAS_LEFT, HAS_RIGHT> mask(const Params& p) const {
     return {kv_len, kv_len - q_len, p.left, p.right};
   }
@@ -119,11 +132,11 @@ struct Producer {
     int kv_head, batch, start, len;
   };
   KeyRows due_rows;
-  int due_tile = -1;  // of the values that are still to be loaded
+  int due_tile = -1, due_page;  // of the values that are still to be loaded
 
   __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
     const auto [head, q_tile] = tile;
-    Work work = {head / p.q_heads, head % p.q_heads, q_tile * Q_TILE, 0, p.q_len, 0, p.kv_len};
+    Work work = {head / p.q_heads, head % p.q_heads, 0, p.q_len, 0, p.kv_len};
     if (PACKED_Q) {
       work.q_start = p.cu_seqlens_q[work.batch];
       work.q_len = p.cu_seqlens_q[work.batch + 1] - work.q_start;
@@ -133,9 +146,15 @@ struct Producer {
       work.kv_len = p.cu_seqlens_kv[work.batch + 1] - work.kv_start;
     }
     if (PAGED) work.kv_len = p.seq_lens[work.batch];
-    const int q_end = min(work.q_first + Q_TILE, work.q_len);
-    work.keys = KeyTiles::of<K_TILE>(work.mask(p), work.q_first, q_end - 1);
-    if (KEYLESS && work.q_first >= q_end) work.keys.end = work.keys.begin;
+#pragma unroll
+    for (int part = 0; part < Work::PARTS; ++part) {
+      const int mirrored = part ? 2 * p.order.q_tiles - 1 - q_tile : q_tile;
+      const int first = FOLDED ? mirrored * ROWS : q_tile * Q_TILE;
+      const int last = min(first + Q_TILE / Work::PARTS, work.q_len) - 1;
+      work.q_first[part] = first;
+      work.keys[part] = KeyTiles::of<K_TILE>(work.mask(p), first, last);
+      if (KEYLESS && first > last) work.keys[part].end = work.keys[part].begin;
+    }
     return work;
   }
 
@@ -151,12 +170,12 @@ struct Producer {
   // What queries that see no key get. Consumers hear of works with keys alone: they hold one until they have the next.
   __device__ __forceinline__ void store_nothing(const Work& work) {
     constexpr int CHUNKS = HEAD_DIM / 8;
-    const int rows = min(Q_TILE, work.q_len - work.q_first);
+    const int first = work.q_first_of(0), rows = min(Q_TILE, work.q_len - first);
     for (int i = lane; i < rows * CHUNKS; i += 32) {
-      scalar_t* const row = p.out_row(work, work.q_first + i / CHUNKS);
+      scalar_t* const row = p.out_row(work, first + i / CHUNKS);
       reinterpret_cast<uint4*>(row)[i % CHUNKS] = make_uint4(0, 0, 0, 0);
     }
-    for (int i = lane; i < rows; i += 32) p.store_lse(work, work.q_first + i, SINKS ? p.sinks[work.head] : NEG_INF);
+    for (int i = lane; i < rows; i += 32) p.store_lse(work, first + i, SINKS ? p.sinks[work.head] : NEG_INF);
   }
 
   __device__ __forceinline__ void load_q(const Work& work, int c) {
@@ -164,45 +183,55 @@ struct Producer {
     s.q_empty[q_ring.stage][c].wait(q_ring.parity ^ 1);
     if (lane == 0) {
       full.arrive_expecting(Q_BYTES);
-      const int row = work.q_start + work.q_first + c * ROWS;
+      const int row = work.q_start + work.q_first_of(c);
       tma_load(s.q[q_ring.stage][c], q, full, 0, row, 0, work.head, PACKED_Q ? 0 : work.batch);
     }
   }
 
-  __device__ __forceinline__ void load_k(const KeyRows& rows, int n) {
+  __device__ __forceinline__ void load_k(const KeyRows& rows, int n, int page) {
     s.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
-    load_keys(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n);
+    load_keys<K_TILE>(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n, page);
     k_ring.advance();
   }
 
   __device__ __forceinline__ void load_due_v() {
     if (due_tile < 0) return;
     s.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-    load_keys(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile);
+    load_keys<V_ROWS>(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile, due_page);
     v_ring.advance();
   }
 
-  // Key tile n: in one copy, or page by page, a lane each. Pages past the row's length are not touched.
+  // PAGED: where this lane's keys of key tile n stand, if it has any. Asked for early: it takes as long as the copy.
+  __device__ __forceinline__ int page_of(const KeyRows& rows, int n) const {
+    const int key = n * K_TILE + lane * PAGE_ROWS;
+    if (!PAGED || lane >= K_TILE / PAGE_ROWS || key < 0 || key >= rows.len) return -1;
+    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE_SIZE];
+  }
+
+  // Key tile n: in one copy, or page by page, a lane each, whose panels of TOGETHER rows are side by side. Pages past
+  // the row's length are not touched.
+  template <int TOGETHER>
   __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
-                                            int n) {
+                                            int n, int page) {
     if constexpr (!PAGED) {
       if (lane == 0) {
         full.arrive_expecting(KV_BYTES);
         tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
       }
     } else {
-      constexpr int BOX = PAGE_SIZE < K_TILE ? PAGE_SIZE : K_TILE;
       const int first = n * K_TILE;
-      const int boxes = min(K_TILE / BOX, ceil_div(rows.len - first, BOX));
-      if (lane == 0) full.arrive_expecting(boxes * BOX * HEAD_DIM * 2);
+      const int pages = min(K_TILE / PAGE_ROWS, ceil_div(rows.len - first, PAGE_ROWS));
+      if (lane == 0) full.arrive_expecting(pages * PAGE_ROWS * HEAD_DIM * 2);
       __syncwarp();
-      if (lane < boxes) {
-        const int key = first + lane * BOX;
-        const int page = p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE_SIZE];
+      if (lane < pages) {
+        const int row = (first + lane * PAGE_ROWS) % PAGE_SIZE;
+        if constexpr (TOGETHER == PAGE_ROWS) {
+          tma_load(tile + lane * PAGE_ROWS * HEAD_DIM, map, full, 0, row, 0, rows.kv_head, page);
+        } else {
 #pragma unroll
-        for (int panel = 0; panel < PANELS; ++panel)
-          tma_load(tile + (panel * K_TILE + lane * BOX) * PANEL, map, full, 0, key % PAGE_SIZE, panel, rows.kv_head,
-                   page);
+          for (int panel = 0; panel < PANELS; ++panel)
+            tma_load(tile + (panel * K_TILE + lane * PAGE_ROWS) * PANEL, map, full, 0, row, panel, rows.kv_head, page);
+        }
       }
       __syncwarp();
     }
@@ -212,7 +241,9 @@ struct Producer {
 
   __device__ __forceinline__ void run() {
     int drawn = -1;
-    if constexpr (PACKED_Q) {
+    if constexpr (FOLDED) {
+      load(work_at(p.order.at(blockIdx.x)));
+    } else if constexpr (PACKED_Q) {
       PackedTileOrder<Q_TILE> order = {p.cu_seqlens_q, p.order.heads / p.q_heads, p.q_heads};
       for (auto tile = order.at(blockIdx.x); tile.head >= 0; tile = order.at(gridDim.x + drawn))
         drawn = load(work_at(tile));
@@ -239,23 +270,24 @@ struct Producer {
     if (!KEYLESS || work.sees_keys()) publish(work);
     else store_nothing(work);
     const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
-    const int last = work.keys.end - 1;
+    const int begin = work.all_keys().begin, last = work.all_keys().end - 1;
     // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
     // a tile of the head that is in L2 now.
-    const int draw_at = min(work.keys.begin + 2, last);
-    int drawn;
+    const int draw_at = min(begin + 2, last);
+    int drawn = 0, page = page_of(rows, last);
     if (KEYLESS && !work.sees_keys()) drawn = draw();
-    for (int n = last; n >= work.keys.begin; --n) {
+    for (int n = last; n >= begin; --n) {
       if (n == last) load_q(work, 0);
-      load_k(rows, n);
+      load_k(rows, n, page);
       if (n == last) {
 #pragma unroll
         for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
         q_ring.advance();
       }
-      if (n == draw_at) drawn = draw();
+      if (!FOLDED && n == draw_at) drawn = draw();
       load_due_v();
-      due_tile = n, due_rows = rows;
+      due_tile = n, due_page = page, due_rows = rows;
+      page = page_of(rows, n - 1);
     }
     return __shfl_sync(~0u, drawn, 0);
   }
@@ -394,7 +426,7 @@ struct Consumer : Results<BULK_STORE> {
     begin(*work, softmax);
     while (true) {
       steps(*work, softmax);
-      const Work* coming = next_work();
+      const Work* coming = FOLDED ? nullptr : next_work();
       if (!coming) break;
       turn_over(*work, softmax, *coming);
       __syncwarp();
@@ -415,6 +447,7 @@ struct Consumer : Results<BULK_STORE> {
 
   // A work's first weights, with no output yet.
   __device__ __forceinline__ void begin(const Work& work, Softmax& softmax) {
+    if (FOLDED) pass_over(work);
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     s.k_full[k_ring.stage].wait(k_ring.parity);
     pin(scores);
@@ -424,13 +457,28 @@ struct Consumer : Results<BULK_STORE> {
     first_weights(work, softmax);
     clear_out();
     take_weights();
-    v_rows = work.kv_len - (work.keys.end - 1) * K_TILE;
+    v_rows = work.kv_len - (work.keys_of(group).end - 1) * K_TILE;
+  }
+
+  // FOLDED: the key tiles that only the other consumer sees, and their turns.
+  __device__ __forceinline__ void pass_over(const Work& work) {
+    for (int n = work.all_keys().end; n > work.keys_of(group).end; --n) {
+      s.k_full[k_ring.stage].wait(k_ring.parity);
+      named_sync<256>(1 + group);
+      end_turn();
+      release(s.k_empty[k_ring.stage]);
+      k_ring.advance();
+      s.v_full[v_ring.stage].wait(v_ring.parity);
+      __syncwarp();
+      release(s.v_empty[v_ring.stage]);
+      v_ring.advance();
+    }
   }
 
   // All key tiles after the first, back to front: the masked ones of the diagonal, the full ones, those at the
   // window's left end. The bounds stay in shared memory: registers are short.
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
-    const KeyTiles& keys = work.keys;
+    const KeyTiles& keys = work.keys_of(group);
     int n = keys.end - 2;
     if (HAS_RIGHT)
       for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
@@ -445,7 +493,7 @@ struct Consumer : Results<BULK_STORE> {
   template <bool MASKED>
   __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
     take_turn();
-    if (n == work.keys.begin) leave_q();
+    if (n == work.keys_of(group).begin) leave_q();
     cap_scores();
     if (MASKED) mask_scores(work, n);
     const bool raised = weigh<false>(softmax);
@@ -455,12 +503,12 @@ struct Consumer : Results<BULK_STORE> {
       for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
     }
     take_weights();
-    if (BULK_STORE && n == work.keys.end - 2) free_q();
+    if (BULK_STORE && n == work.keys_of(group).end - 2) free_q();
   }
 
   // The next work's first scores, and under them the last output of this one.
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
-    if (BULK_STORE && work.keys.begin == work.keys.end - 1) free_q();
+    if (BULK_STORE && work.keys_of(group).begin == work.keys_of(group).end - 1) free_q();
     s.q_full[q_ring.stage][group].wait(q_ring.parity);
     take_turn();
     if constexpr (!OVERLAP) store(work, softmax);
@@ -472,7 +520,7 @@ struct Consumer : Results<BULK_STORE> {
     }
     clear_out();
     take_weights();
-    v_rows = coming.kv_len - (coming.keys.end - 1) * K_TILE;
+    v_rows = coming.kv_len - (coming.keys_of(group).end - 1) * K_TILE;
     softmax = fresh;
   }
 
@@ -520,23 +568,30 @@ struct Consumer : Results<BULK_STORE> {
   __device__ __forceinline__ void issue_out() {
     s.v_full[v_ring.stage].wait(v_ring.parity);
     if (FOREIGN_ROWS && v_rows < K_TILE) clear_foreign_values();
-    const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.v[v_ring.stage]), KV_PANEL_BYTES);
+    const u64 b = matrix_descriptor<SWIZZLE>(shared_address(s.v[v_ring.stage]), V_ROWS * PANEL * 2);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_TILE / 16; ++step) {
       const u32 a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
-      Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (step * 16 * PANEL * 2 >> 4));
+      Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (v_row(step * 16) * 2 >> 4));
     }
     wgmma_commit();
+  }
+
+  // Elements from a tile of values to a row of its first panel.
+  static __device__ __forceinline__ constexpr int v_row(int row) {
+    return row / V_ROWS * V_ROWS * HEAD_DIM + row % V_ROWS * PANEL;
   }
 
   // Others' values have weight 0, but 0 x NaN is NaN. Every consumer clears them all, so none waits for another.
   __device__ __forceinline__ void clear_foreign_values() {
     constexpr int CHUNKS = PANEL / 8;
-    uint4* tile = reinterpret_cast<uint4*>(s.v[v_ring.stage]);
-    const int foreign = (K_TILE - v_rows) * CHUNKS;
-    for (int i = threadIdx.x % 128; i < foreign * PANELS; i += 128)
-      tile[(i / foreign * K_TILE + v_rows) * CHUNKS + i % foreign] = make_uint4(0, 0, 0, 0);
+    scalar_t* const tile = s.v[v_ring.stage];
+    for (int i = v_rows * PANELS * CHUNKS + threadIdx.x % 128; i < K_TILE * PANELS * CHUNKS; i += 128) {
+      const int panel = i / CHUNKS % PANELS;
+      scalar_t* const row = tile + v_row(i / (CHUNKS * PANELS)) + panel * V_ROWS * PANEL;
+      reinterpret_cast<uint4*>(row)[i % CHUNKS] = make_uint4(0, 0, 0, 0);
+    }
     fence_async_shared();
     named_sync<128>(1 + CONSUMERS + group);
     v_rows = K_TILE;
@@ -573,7 +628,7 @@ struct Consumer : Results<BULK_STORE> {
   // --- scores to weights
 
   __device__ __forceinline__ void first_weights(const Work& work, Softmax& softmax) {
-    const auto& keys = work.keys;
+    const KeyTiles& keys = work.keys_of(group);
     cap_scores();
     if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores(work, keys.end - 1);
     weigh<true>(softmax);
@@ -618,7 +673,7 @@ struct Consumer : Results<BULK_STORE> {
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   __device__ __forceinline__ int token_of(const Work& work, int half) const {
-    return work.q_first + group * ROWS + threadIdx.x % 128 / 32 * 16 + lane() / 4 + half * 8;
+    return work.q_first_of(group) + threadIdx.x % 128 / 32 * 16 + lane() / 4 + half * 8;
   }
 
   // --- results to global memory
@@ -673,7 +728,7 @@ struct Consumer : Results<BULK_STORE> {
     }
     fence_async_shared();
     named_sync<128>(1 + CONSUMERS + group);
-    leave(tile, stage, work.q_first + group * ROWS, work.head, work.batch);
+    leave(tile, stage, work.q_first_of(group), work.head, work.batch);
   }
 
   // The last results have left the place of a q, which is free again.

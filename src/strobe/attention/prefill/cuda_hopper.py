@@ -6,7 +6,7 @@ and consumers, turns, and the overlap of products and softmax. What is our own i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -32,8 +32,9 @@ _BARRIERS_BYTES = 2048
 class Tile:
     """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q.
 
-    `bulk_store` lets the copy engine store. Where tiles differ in length, heads are worked on together whose
-    keys and values take `section_mib` (32: over half of an H200's L2).
+    `bulk_store` lets the copy engine store. `folded` has a block work on one tile alone, 64 queries from
+    the front of a head and 64 from its back, so that blocks have equal work. Where tiles differ in length,
+    heads are worked on together whose keys and values take `section_mib` (32: over half of an H200's L2).
     """
 
     consumers: int = 2
@@ -41,6 +42,7 @@ class Tile:
     q_stages: int = 2
     section_mib: int = 32
     bulk_store: bool = False
+    folded: bool = False
 
     @property
     def queries(self) -> int:
@@ -66,19 +68,22 @@ TILES = {
 _THREE = Tile(consumers=3)
 
 
-def choose_tile(problem: AttentionProblem) -> Tile:
+def choose_tile(problem: AttentionProblem, sm_count: int) -> Tile:
     """Measured on an H200 (docs/log.md).
 
     At head_dim 64 the special-function unit limits, and a third consumer keeps it busier; it has no
     registers to spare for anything but plain problems, and is too coarse for short causal ones.
     """
+    tile = TILES[problem.head_dim]
+    if _folds(problem) and -(-problem.q_len // tile.queries) * problem.batch * problem.q_heads <= sm_count:
+        return replace(tile, folded=True, bulk_store=problem.head_dim == 128)
     plain = isinstance(problem.layout, Dense) and not problem.softcap and problem.sinks is None
     if problem.head_dim == 64 and plain:
         if not problem.masked and problem.q_len > 2 * _THREE.queries:
             return _THREE
         if problem.window == (UNLIMITED, 0) and problem.q_len >= 2048:
             return _THREE
-    return TILES[problem.head_dim]
+    return tile
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -105,13 +110,15 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     """Why this problem cannot be worked on in such a way."""
-    if tile.consumers not in (2, 3) or tile.keys not in (64, 96, 128) or tile.q_stages not in (1, 2):
-        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1, 2"]
+    if tile.consumers not in (2, 3) or tile.keys not in (64, 96, 128) or tile.q_stages not in (1, 2, 3):
+        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1 to 3"]
     reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
     if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
         reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
+    if tile.folded and (tile.consumers != 2 or not _folds(problem)):
+        reasons.append("folded; supported: consumers 2, dense, causal, a key for every query")
     if tile.bulk_store and (problem.packed_q or tile.q_stages < 2):
-        reasons.append("bulk_store; supported: q not packed, q_stages 2")
+        reasons.append("bulk_store; supported: q not packed, q_stages 2, 3")
     return reasons
 
 
@@ -127,7 +134,7 @@ def run(
     q, k, v = (x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     room = dense.aligned(out)
     lse_strides = (0, 0) if lse is None else lse.stride()
-    launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tile or choose_tile(problem))
+    launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tile or _chosen(problem, q))
     launch(*_addresses(q, k, v, room, lse))
     if room is not out:
         out.copy_(room)
@@ -139,7 +146,7 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     if not all(readable(x) for x in (q, k, v)):
         return anew
     out_strides, lse_strides = _contiguous(problem, q)
-    launch, held = _packed(problem, q, k, v, out_strides, lse_strides, choose_tile(problem))
+    launch, held = _packed(problem, q, k, v, out_strides, lse_strides, _chosen(problem, q))
     if held:  # copies of what the caller may rewrite
         return anew
 
@@ -178,11 +185,12 @@ def _packed(
     params = Params.of(problem, tile.queries, _section(problem, tile))
     params.lay_out(out_strides, lse_strides)
     held = params.attach(problem)
+    tiles = params.q_tiles * params.heads
     launch = Launch(
         jit.kernel(_SOURCE, "attend", defines(problem, tile), device),
         params,
         _maps(problem, q, k, v, out_strides, tile),
-        grid=min(params.q_tiles * params.heads, _multiprocessors(device)),
+        grid=tiles if tile.folded else min(tiles, _multiprocessors(device)),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem.head_dim),
         programmatic=True,
@@ -202,7 +210,9 @@ def _maps(
     maps: tuple[Maps, ...] = (queries, queries, queries)
     if k.numel():
         box = min(tile.keys, problem.page_size or tile.keys)
-        maps = (queries, *(Maps(x.dtype, x.shape, x.stride(), box, not problem.paged) for x in (k, v)))
+        keys = Maps(k.dtype, k.shape, k.stride(), box, whole=box == tile.keys)
+        values = Maps(v.dtype, v.shape, v.stride(), box, whole=box == tile.keys or box % 16 == 0)
+        maps = (queries, keys, values)
     if tile.bulk_store:
         return (*maps, Maps(q.dtype, q.shape, out_strides, ROWS))
     return maps
@@ -240,6 +250,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
         "PACKED_KV": isinstance(problem.layout, Packed),
         "PAGE_SIZE": problem.page_size,
         "BULK_STORE": tile.bulk_store,
+        "FOLDED": tile.folded,
     }
 
 
@@ -262,6 +273,17 @@ def _keyless(problem: AttentionProblem) -> bool:
     if not isinstance(problem.layout, Dense):
         return True
     return not problem.kv_len or (right != UNLIMITED and problem.q_len > problem.kv_len + right)
+
+
+def _folds(problem: AttentionProblem) -> bool:
+    """Whether a row's queries see keys from 0 on, the later the more."""
+    left, right = problem.window
+    causal = left == UNLIMITED and right != UNLIMITED
+    return causal and isinstance(problem.layout, Dense) and not _keyless(problem)
+
+
+def _chosen(problem: AttentionProblem, q: torch.Tensor) -> Tile:
+    return choose_tile(problem, _multiprocessors(q.get_device()))
 
 
 def _section(problem: AttentionProblem, tile: Tile) -> int:
