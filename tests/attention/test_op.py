@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import strobe
 from strobe.attention import Packed
 from strobe.attention.api import attention
 from strobe.attention.cases import Case
@@ -17,7 +18,7 @@ def test_compiles_without_a_graph_break(layout: str) -> None:
     inputs = Case("x", rows, layout=layout, causal=True, sinks=True).inputs(torch.float32)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = attention(q, k, v, **inputs.options, return_lse=True)
+        out, lse = strobe.attention(q, k, v, **inputs.options, return_lse=True)
         return out * 2, lse
 
     compiled = torch.compile(call, backend="eager", fullgraph=True)
@@ -34,11 +35,51 @@ def test_the_operator_is_registered_soundly() -> None:
         torch.library.opcheck(
             torch.ops.strobe.attention.default,
             (q, k, v, *nothing, [-1, -1], True, None, 0.0, "auto", return_lse),
-            test_utils=("test_schema", "test_faketensor"),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )
 
 
-def test_export() -> None:
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+def test_gradients_are_those_of_an_eager_call(layout: str) -> None:
+    rows = {"dense": ((4, 20), (4, 20)), "packed": ((4, 20), (3, 9)), "paged": ((4, 20), (4, 9))}[layout]
+    inputs = Case("x", rows, layout=layout, causal=True, sinks=True).inputs(torch.float32)
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+        options = {**inputs.options, "sinks": sinks, "kernel": "prefill/torch_naive"}
+        out, lse = strobe.attention(q * 2, k, v, **options, return_lse=True)
+        return out.square().sum() + lse.cos().sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        given = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.options["sinks"])]
+        call(*given).backward()
+        gradients.append([x.grad for x in given])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+class Model(torch.nn.Module):
+    """A model that calls the public function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 4, 8)).unbind(2)
+        return strobe.attention(q, k, v, causal=True).flatten(-2)
+
+
+def test_export_of_a_model_for_any_length() -> None:
+    model = Model().eval()
+    lengths = {"x": {1: torch.export.Dim("tokens", min=2, max=64)}}
+    exported = torch.export.export(model, (torch.randn(2, 7, 32),), dynamic_shapes=lengths)
+    assert any("strobe.attention" in str(node.target) for node in exported.graph.nodes)
+    for tokens in (7, 19):
+        x = torch.randn(2, tokens, 32)
+        torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_export_of_the_module() -> None:
     module = MultiHeadAttention(32, 4).eval()
     x = torch.randn(2, 7, 32)
     with torch.no_grad():

@@ -6,25 +6,31 @@ imports torch with its first use. Problems and layouts need none.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from strobe.attention.problem import AttentionProblem, Dense, Packed, Paged
 
 __all__ = ["AttentionProblem", "Dense", "Packed", "Paged", "attention"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "attention":
-        return importlib.import_module("strobe.attention.api").attention
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class _CallablePackage:
+    """The package, with its own names, and a call. No ModuleType: torch.compile would not trace its call."""
 
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.__dict__ = names
 
-class _CallablePackage(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name != "attention":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from strobe.attention.api import attention
+
+        self.attention = attention
+        return attention
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return __getattr__("attention")(*args, **kwargs)
+        return self.attention(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = _CallablePackage
+sys.modules[__name__] = cast(ModuleType, _CallablePackage(globals()))

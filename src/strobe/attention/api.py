@@ -45,7 +45,8 @@ def attention(
 
     Returns:
         out, of q's shape and dtype; or `(out, lse)`. A query that sees no key gives 0 and lse -inf
-        (its sink, where there is one). Forward only: gradients flow through the PyTorch rungs alone.
+        (its sink, where there is one). Gradients flow through the PyTorch rungs alone, and through
+        calls that torch.compile traced.
 
     Raises:
         ProblemError: shapes, dtypes or devices that do not fit together.

@@ -1,6 +1,7 @@
 """`strobe::attention`: the operator that torch.compile and torch.export see in place of a call.
 
-Only traced code goes through it; an eager call runs the rung directly.
+Only traced code goes through it; an eager call runs the rung directly. Its gradients are recomputed by
+the rung that keeps to the formula, whichever ran.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import torch
 from strobe.attention.problem import Dense, Layout, Options, Packed, Paged
 from strobe.errors import ProblemError
 
-_LIBRARY = torch.library.Library("strobe", "DEF")
-_LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? page_table, "
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? bias, Tensor? page_table, "
     "Tensor? seq_lens, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, SymInt? max_q_len, "
     "SymInt? max_kv_len, SymInt[] window, bool causal, float? scale, float softcap, str kernel, "
-    "bool return_lse) -> (Tensor, Tensor)"
+    "bool return_lse"
 )
+_DIFFERENTIABLE = 5
+"""q, k, v, sinks and bias stand first."""
+_LIBRARY = torch.library.Library("strobe", "DEF")
+_LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"attention_backward(Tensor out_grad, Tensor lse_grad, {_ARGUMENTS}) -> Tensor[]")
 
 
 def traced(
@@ -74,3 +79,38 @@ def _fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return out, q.new_empty(0, dtype=torch.float32)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(shape, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.given = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs))
+
+
+def _gradients(ctx: Any, out_grad: torch.Tensor, lse_grad: torch.Tensor) -> tuple[Any, ...]:
+    inputs = [
+        given if kept is None else kept for given, kept in zip(ctx.given, ctx.saved_tensors, strict=True)
+    ]
+    made = iter(torch.ops.strobe.attention_backward(out_grad, lse_grad, *inputs))
+    firsts = [None if x is None else next(made) for x in inputs[:_DIFFERENTIABLE]]
+    return (*firsts, *[None] * (len(inputs) - _DIFFERENTIABLE))
+
+
+torch.library.register_autograd("strobe::attention", _gradients, setup_context=_keep)
+
+
+@torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+def _run_backward(out_grad: torch.Tensor, lse_grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
+    with torch.enable_grad():
+        firsts: list[Any] = [
+            None if x is None else x.detach().requires_grad_() for x in inputs[:_DIFFERENTIABLE]
+        ]
+        *others, _, return_lse = inputs[_DIFFERENTIABLE:]
+        outputs = _run(*firsts, *others, "prefill/torch_naive", return_lse)
+    grads = (out_grad, lse_grad) if return_lse else (out_grad,)
+    wanted = [x for x in firsts if x is not None]
+    return list(torch.autograd.grad(outputs[: len(grads)], wanted, grads, materialize_grads=True))
+
+
+@torch.library.register_fake("strobe::attention_backward")
+def _fake_backward(out_grad: torch.Tensor, lse_grad: torch.Tensor, *inputs: Any) -> list[torch.Tensor]:
+    return [torch.empty_like(x) for x in inputs[:_DIFFERENTIABLE] if x is not None]
