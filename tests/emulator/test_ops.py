@@ -8,6 +8,7 @@ from cuda_emulator import emulated_gpu
 
 from strobe.linear import Projection
 from strobe.ops import activation, cache, norm, pages, rope
+from strobe.ops.embedding import embed
 from strobe.ops.softmax import softmax
 
 FP8 = torch.float8_e4m3fn
@@ -35,6 +36,24 @@ def test_norm_and_swiglu(dtype: torch.dtype) -> None:
     torch.testing.assert_close(normed, norm.rms_norm_reference(x, weight, 1e-5), **close)
     torch.testing.assert_close(gated, activation.swiglu_reference(x), **close)
     torch.testing.assert_close(plain, norm.rms_norm_reference(x[:, :327], weight[:327], 1e-5), **close)
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("picked", [False, True])
+def test_embed(dtype: torch.dtype, picked: bool) -> None:
+    """The kernel against torch's way, by which a CPU goes."""
+    tokens, hidden, head_dim = 7, 72, 34
+    table, words = torch.randn(50, hidden).to(dtype), torch.randint(50, (tokens + 4,))
+    picks = torch.randint(tokens + 4, (tokens,)) if picked else None
+    positions = torch.randint(100_000, (tokens,))
+    frequencies = rope.signed([1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)], "cpu")
+    given = (words if picked else words[:tokens], table, positions, frequencies, picks)
+    want_x, want_turn = embed(*given)
+    with emulated_gpu():
+        x, turn = embed(*given)
+    assert torch.equal(x, want_x)
+    for ours, theirs in zip(turn, want_turn, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2 * EPSILON[dtype], atol=2 * EPSILON[dtype])
 
 
 @pytest.mark.parametrize("kernel", ["cuda_matmul_naive", "cuda_matmul_tiled", "cuda_gemv"])

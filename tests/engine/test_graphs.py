@@ -126,7 +126,7 @@ def test_padding_adds_rows_that_are_nobodys(seed):
     rows, count = 12, len(lengths)
     wide = padded(plain, rows, page_size, first_word, nobody)
     assert wide.page_table.shape == (rows, table_width(-(-max(lengths) // page_size)))
-    for name in ("token_ids", "positions", "slots", "logits_at", "seq_lens"):
+    for name in ("token_ids", "positions", "slots", "seq_lens"):
         given, more = getattr(plain, name), getattr(wide, name)
         assert more.dtype == given.dtype
         np.testing.assert_array_equal(more[:count], given)
@@ -142,6 +142,7 @@ def test_padding_adds_rows_that_are_nobodys(seed):
         assert wide.page_table[row, 0] == nobody
         assert wide.picks[row] == first_word + row
     assert wide.max_kv_len >= plain.max_kv_len
+    assert plain.logits_at is wide.logits_at is None
 
 
 def test_few_widths():

@@ -17,6 +17,7 @@ from strobe.engine.request import FinishReason, Request, Sequence, StreamChunk
 from strobe.engine.runner import Runner
 from strobe.engine.sampler import Drawn, Sampled, Sampler, draw_for
 from strobe.engine.scheduler import Schedule, Scheduler
+from strobe.engine.warm_up import warm_up
 from strobe.errors import OutOfPagesError, RequestError
 from strobe.linear import ladder as linear_ladder
 from strobe.models.network import Model
@@ -76,6 +77,9 @@ class Engine:
         """What the next return of `step` tells: kept here, so that a step that fails loses nothing."""
         self._live_lock = threading.Lock()
         self._steps = self._prompt_tokens = self._output_tokens = 0
+        if model.device.type == "cuda":
+            warm_up(self)
+            self._steps = self._prompt_tokens = self._output_tokens = 0
 
     @property
     def has_work(self) -> bool:

@@ -24,7 +24,7 @@ class StepInputs:
     token_ids: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
-    logits_at: np.ndarray
+    logits_at: np.ndarray | None
     page_table: np.ndarray
     seq_lens: np.ndarray
     cu_seqlens: np.ndarray | None
@@ -48,10 +48,10 @@ def inputs_of(schedule: Schedule, page_size: int, first_word: int) -> StepInputs
     else:
         rows = np.repeat(np.arange(len(chunks)), counts)
         positions = np.arange(row_ends[-1]) + (ends - row_ends)[rows]
-    logits_at = row_ends[list(schedule.sampled_chunks)] - 1
-    if schedule.scored:
+    logits_at: np.ndarray | None = None  # of all tokens
+    if not schedule.decodes:
         scored = [np.arange(row_ends[i] - counts[i], row_ends[i]) for i in schedule.scored]
-        logits_at = np.concatenate([logits_at, *scored])
+        logits_at = np.concatenate([row_ends[list(schedule.sampled_chunks)] - 1, *scored])
     return StepInputs(
         token_ids=_token_ids(chunks),
         positions=positions,
@@ -96,7 +96,7 @@ def padded(inputs: StepInputs, rows: int, page_size: int, first_word: int, nobod
         token_ids=filled(inputs.token_ids, 0),
         positions=filled(inputs.positions, 0),
         slots=filled(inputs.slots, nobody * page_size),
-        logits_at=np.arange(rows),
+        logits_at=None,
         page_table=table,
         seq_lens=filled(inputs.seq_lens, 1),
         cu_seqlens=None,

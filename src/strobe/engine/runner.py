@@ -54,7 +54,7 @@ class Runner:
         """
         page_size, first_word = self.config.page_size, self.staging.first_word
         inputs = inputs_of(schedule, page_size, first_word)
-        decodes, rows = _decodes(schedule), len(schedule.sampled)
+        decodes, rows = schedule.decodes, len(schedule.sampled)
         kernels = self._decode_kernels if decodes else self._kernels
         size = self.graphs.size_for(rows) if self.graphs and decodes else None
         if self.graphs is not None and size is not None:
@@ -81,9 +81,7 @@ class Runner:
                 pages[:, targets] = pages[:, sources]
 
         def batch() -> Batch:
-            token_ids = sent["token_ids"]
-            if "picks" in sent:
-                token_ids = self.staging.words.index_select(0, sent["picks"])
+            picks = sent.get("picks")
             layout = Paged(
                 page_table=sent["page_table"],
                 seq_lens=sent["seq_lens"],
@@ -92,14 +90,15 @@ class Runner:
                 max_kv_len=inputs.max_kv_len,
             )
             return Batch(
-                token_ids=token_ids,
+                token_ids=sent["token_ids"] if picks is None else self.staging.words,
                 positions=sent["positions"],
                 slots=sent["slots"],
                 layout=layout,
-                logits_at=sent["logits_at"],
+                logits_at=sent.get("logits_at"),
                 kv_cache=self.kv_cache,
                 attention_kernel=attention,
                 linear_kernel=linear,
+                picks=picks,
             )
 
         return batch
@@ -131,12 +130,6 @@ _SENT = (
     "copies",
 )
 """The order in which arrays are sent: what only some steps have stands behind what a graph reads."""
-
-
-def _decodes(schedule: Schedule) -> bool:
-    """True where each row brings one token and draws one."""
-    rows = len(schedule.chunks)
-    return schedule.tokens == rows and schedule.sampled_chunks == tuple(range(rows)) and not schedule.scored
 
 
 def _capacity(config: EngineConfig, max_model_len: int) -> int:

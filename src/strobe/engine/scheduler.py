@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from strobe.engine.config import EngineConfig
@@ -46,9 +47,15 @@ class Schedule:
     copies: tuple[PageCopy, ...]
     scored: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """True where each row brings one token and draws one."""
+        rows = len(self.chunks)
+        return self.tokens == rows and self.sampled_chunks == tuple(range(rows)) and not self.scored
 
 
 class Scheduler:
@@ -125,6 +132,11 @@ class Scheduler:
             self.cache.release(sequence.pages)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, and count its hits anew."""
+        self.cache.clear()
+        self.prefix_queries = self.prefix_hits = 0
 
     def check(self) -> None:
         """Raise StrobeError where a page is lost, shared wrongly, or held by nobody."""

@@ -60,18 +60,29 @@ class Batch:
     step's tokens. Where every row brings equally many tokens (a decode step: one) leave
     `layout.cu_seqlens_q` None, and attention sees q as `[batch, q_len, heads, head_dim]`; else it is
     the running sum of the rows' tokens, and q is packed. `logits_at` int64 `[n]` are the indices of
-    the tokens whose logits are wanted. All tensors are on the model's device; the forward pass reads
-    none of them on the host, given `layout.max_q_len` (where packed) and `layout.max_kv_len`.
+    the tokens whose logits are wanted, or None for all. With `picks` int64 `[tokens]`, token i's id is
+    `token_ids[picks[i]]`, of any number of `token_ids`. All tensors are on the model's device; the forward
+    pass reads none of them on the host, given `layout.max_q_len` (where packed) and `layout.max_kv_len`.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     layout: Paged
-    logits_at: torch.Tensor
+    logits_at: torch.Tensor | None
     kv_cache: KvTensors
     attention_kernel: str = "auto"
     linear_kernel: str = "auto"
+    picks: torch.Tensor | None = None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Each token's id, `[tokens]`."""
+        return self.token_ids if self.picks is None else self.token_ids.index_select(0, self.picks)
+
+    def wanted(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of x `[tokens, ...]` whose logits are wanted."""
+        return x if self.logits_at is None else x.index_select(0, self.logits_at)
 
     def rows(self, q: torch.Tensor) -> torch.Tensor:
         """q `[tokens, heads, head_dim]` as the layout's attention takes it; a view."""

@@ -92,13 +92,13 @@ class GPT2:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
         w, kernel = self.weights, batch.linear_kernel
-        x = F.embedding(batch.token_ids, w.embedding) + F.embedding(batch.positions, w.positions)
+        x = F.embedding(batch.ids, w.embedding) + F.embedding(batch.positions, w.positions)
         for index, layer in enumerate(w.layers):
             qkv = layer.qkv(self._norm(x, layer.attention_norm), kernel=kernel)
             layer.output(self._attention(index, qkv, batch), residual=x, kernel=kernel)
             raised = layer.up(self._norm(x, layer.mlp_norm), kernel=kernel)
             layer.down(gelu_tanh(raised), residual=x, kernel=kernel)
-        x = self._norm(x.index_select(0, batch.logits_at), w.norm)
+        x = self._norm(batch.wanted(x), w.norm)
         return w.head(x, kernel=kernel)
 
     def _attention(self, index: int, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:

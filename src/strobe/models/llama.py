@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from strobe.attention.api import attention
 from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
 from strobe.ops import cache, rope
+from strobe.ops.embedding import embed
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +81,16 @@ class Llama:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
         kernel = batch.linear_kernel
-        x = F.embedding(batch.token_ids, self.weights.embedding)
-        turn = rope.angles(batch.positions, self._signed_frequencies, x.dtype)
+        x, turn = embed(
+            batch.token_ids, self.weights.embedding, batch.positions, self._signed_frequencies, batch.picks
+        )
         for index, layer in enumerate(self.weights.layers):
             qkv = layer.qkv(x, kernel=kernel)
             attended = self._attention(index, layer, qkv, turn, batch)
             layer.output(attended, residual=x, kernel=kernel)
             raised = layer.gate_up(x, kernel=kernel)
             layer.down(raised, residual=x, kernel=kernel)
-        return self.weights.head(x.index_select(0, batch.logits_at), kernel=kernel)
+        return self.weights.head(batch.wanted(x), kernel=kernel)
 
     def _attention(
         self,
