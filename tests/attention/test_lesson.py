@@ -53,6 +53,34 @@ def test_module_equals_torch(kernel: str) -> None:
         torch.testing.assert_close(ours(x, causal=True), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 20, "vdim": 28}, {"vdim": 12}], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("masks", ["", "attn_mask", "key_padding_mask", "attn_mask key_padding_mask"])
+def test_module_equals_torch_across_sequences(
+    bias: bool, widths: dict[str, int], kind: str, masks: str
+) -> None:
+    ours = MultiHeadAttention(24, 3, bias=bias, **widths).eval()
+    theirs = torch.nn.MultiheadAttention(24, 3, bias=bias, batch_first=True, **widths).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    query = torch.randn(2, 5, 24)
+    key, value = (torch.randn(2, 9, widths.get(name, 24)) for name in ("kdim", "vdim"))
+    past_end = torch.arange(9) >= torch.tensor([[9], [4]])
+    for shape in ((5, 9), (6, 5, 9)):
+        hidden = torch.rand(shape) < 0.4
+        hidden[..., 0] = False
+        given = {"attn_mask": hidden, "key_padding_mask": past_end}
+        if kind == "additive":
+            numbers = torch.zeros(past_end.shape).masked_fill(past_end, float("-inf"))
+            given = {"attn_mask": torch.randn(shape), "key_padding_mask": numbers}
+        given = {name: given[name] for name in masks.split()}
+        with torch.no_grad():
+            expected = theirs(query, key, value, need_weights=False, **given)[0]
+            torch.testing.assert_close(ours(query, key, value, **given), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_module_learns_like_torch() -> None:
     ours = MultiHeadAttention(16, 2, kernel="torch_naive")
     theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True)
