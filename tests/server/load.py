@@ -116,8 +116,9 @@ class Server:
         return httpx.AsyncClient(base_url=self.url, limits=limits, timeout=120)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample, by its name and labels."""
+        """Every sample, by its name, and by its labels but the model's."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        lines = [line.replace('{model_name="strobe-tiny"}', "") for line in lines]
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name.removeprefix("strobe:"): float(value) for name, value in pairs}
 

@@ -10,8 +10,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from strobe.engine import SamplingParams
+from strobe.server.config import ServerConfig
 
-from .conftest import LiveServer
+from .conftest import LiveServer, events_of
 
 MESSAGES = [{"role": "system", "content": "Speak."}, {"role": "user", "content": "Who are you?"}]
 
@@ -176,6 +177,35 @@ def test_content_parts_are_joined(client: OpenAI) -> None:
     split = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **asked)
     joined = client.chat.completions.create(messages=[{"role": "user", "content": "Who are\nyou?"}], **asked)
     assert split.choices[0].message == joined.choices[0].message
+
+
+def test_a_chat_of_no_given_length_ends_where_its_logprobs_do(serve, monkeypatch) -> None:
+    """A long context with many logprobs is more than one answer tells of: no fault of the client's."""
+    monkeypatch.setattr("strobe.server.service.MAX_LOGPROB_ENTRIES", 90)
+    chats = serve(ServerConfig()).client(strict=False).chat.completions
+    asked = {"model": "strobe-tiny", "messages": MESSAGES, "extra_body": {"ignore_eos": True}}
+    answer = chats.create(**asked, logprobs=True, top_logprobs=4, n=2)
+    assert [len(choice.logprobs.content) for choice in answer.choices] == [9, 9]
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        chats.create(**asked, logprobs=True, top_logprobs=4, n=2, max_tokens=10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_reason_is_one_of_the_clients_own(idle: LiveServer, alone, stream) -> None:
+    """As vLLM has it: null where the model's own end token ended the answer."""
+    (eos,) = alone.engine.model.config.eos_token_ids
+    own = {"prompt": "O", "max_tokens": 9, "logit_bias": {str(eos): 100}, "temperature": 0, "stream": stream}
+    for more, reason in (
+        ({}, None),
+        ({"stop_token_ids": [eos]}, eos),
+        ({"logit_bias": {}, "stop": ["e", "a", "o", "\n"], "max_tokens": 99}, "text"),
+    ):
+        answer = idle.post("/v1/completions", own | more)
+        choices = [event["choices"][0] for event in (events_of(answer) if stream else [answer.json()])]
+        assert choices[-1]["finish_reason"] == "stop"
+        told = choices[-1]["stop_reason"]
+        assert told == reason if reason != "text" else told in more["stop"]
 
 
 def test_seeds_repeat_and_differ(client: OpenAI) -> None:

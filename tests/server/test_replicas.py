@@ -82,9 +82,9 @@ def used_pages(url: str) -> dict[str, float]:
     seen: dict[str, float] = {}
     for index in range(60):
         answer = httpx.get(f"{url}/metrics", params={"spread": index})
-        name = "strobe:kv_cache_pages_used "
+        name = "strobe:kv_cache_pages_used{"
         (value,) = (line for line in answer.text.splitlines() if line.startswith(name))
-        seen[answer.headers["x-replica"]] = float(value.removeprefix(name))
+        seen[answer.headers["x-replica"]] = float(value.rpartition(" ")[2])
     return seen
 
 

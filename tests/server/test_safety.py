@@ -119,6 +119,24 @@ def test_metrics_take_no_label_from_a_client(idle: LiveServer) -> None:
         assert "made" not in client.get("/metrics").text
 
 
+def test_metrics_carry_the_models_name(serve) -> None:
+    """vLLM's dashboards choose by this label."""
+    server = serve(ServerConfig(served_names=('tiny "}', "other")))
+    server.post("/v1/completions", {"prompt": "O", "max_tokens": 2, "stream": True})
+    lines = server.http().get("/metrics").text.splitlines()
+    named = {line.partition("{")[0] for line in lines if 'model_name="tiny \\"}"' in line}
+    for name in (
+        "num_requests_running",
+        "kv_cache_usage_perc",
+        "request_success_total",
+        "prompt_tokens_total",
+    ):
+        assert f"strobe:{name}" in named
+    for name in ("time_to_first_token", "request_prefill_time", "request_decode_time", "inter_token_latency"):
+        assert server.metric(f"strobe:{name}_seconds_count") == 1
+        assert f"strobe:{name}_seconds_bucket" in named
+
+
 def test_the_page_loads_nothing_from_elsewhere(idle: LiveServer) -> None:
     with idle.http() as client:
         response = client.get("/")

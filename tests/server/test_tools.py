@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from strobe.server.schema import ChatRequest
+from strobe.checkpoints.chat import ChatTemplate
+from strobe.server.chat import message_of
+from strobe.server.schema import ChatRequest, Message
 from strobe.server.tools import ToolReader, mode_of
 
-from .conftest import LiveServer
+from .conftest import LiveServer, events_of
 
 TOOLS = [
     {
@@ -97,6 +99,32 @@ def test_free_and_forbidden_tools_answer_in_text(idle: LiveServer) -> None:
         )
         assert answer.choices[0].message.content
         assert answer.choices[0].message.tool_calls is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_off_says_so(idle: LiveServer, stream) -> None:
+    body = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 2, "stream": stream}
+    body["tool_choice"] = {"type": "function", "function": {"name": "flee"}}
+    answer = idle.post("/v1/chat/completions", body)
+    choices = [event["choices"][0] for event in (events_of(answer) if stream else [answer.json()])]
+    assert choices[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"to": "Mantua", "ways": [1, null]}', '{"to": "Mantua", "ways": [1, null]}'),
+        ("", "{}"),
+        ("{broken", '"{broken"'),
+        ("[1]", '"[1]"'),
+    ],
+)
+def test_templates_are_given_a_calls_arguments_as_an_object(arguments, shown) -> None:
+    """Templates write them with `tojson`, as Llama 3.1's and Qwen 2.5's do: a text would be quoted twice."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "flee", "arguments": arguments}}
+    message = message_of(Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call]}))
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    assert template.render([message], {}) == shown
 
 
 def read(text: str, cut: int, **more) -> tuple[str, list[tuple[str, dict]], str]:

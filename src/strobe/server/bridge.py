@@ -176,7 +176,7 @@ class EngineBridge:
         """Abort a request whose reader has gone."""
         if self._live.pop(request_id, None) is not None:
             self.engine.abort(request_id)
-            self.metrics.finished.labels("abort").inc()
+            self.metrics.ended("abort")
 
     def _run(self) -> None:
         failures = 0
@@ -246,7 +246,7 @@ class EngineBridge:
         if self._live.pop(live.request.request_id, None) is not None:
             live.stream.put(error)
             self.engine.abort(live.request.request_id)
-            self.metrics.finished.labels("error").inc()
+            self.metrics.ended("error")
 
     async def _expire(self) -> None:
         while True:

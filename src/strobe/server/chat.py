@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -23,8 +25,8 @@ from strobe.server.answers import (
 from strobe.server.bridge import Stream
 from strobe.server.errors import ApiError
 from strobe.server.replies import Event, EventReply, JsonReply
-from strobe.server.schema import ChatRequest, Message
-from strobe.server.service import Service
+from strobe.server.schema import ChatRequest, Message, ToolCall
+from strobe.server.service import Service, named_stop
 from strobe.server.tools import Mode, ToolReader, for_template, mode_of, schema_of
 
 
@@ -95,8 +97,8 @@ class ChatRun:
             delta = {"tool_calls": [{"index": index, **call.model_dump()}]}
             events.append(self._event(chunk.index, delta))
         if chunk.finish_reason is not None:
-            reason = "tool_calls" if calls else chunk.finish_reason
-            events.append(self._event(chunk.index, {}, finish_reason=reason, stop_reason=chunk.stop_reason))
+            why = {"finish_reason": _reason(chunk, calls), "stop_reason": named_stop(self.body, chunk)}
+            events.append(self._event(chunk.index, {}, **why))
         return events
 
     def _shell(self) -> dict[str, Any]:
@@ -111,13 +113,12 @@ class ChatRun:
         text = reader.push(chunk.text)
         rest, calls = reader.finish()
         text += rest
-        reason: Finish = "length" if chunk.finish_reason == "length" else "stop"
         return ChatChoice(
             index=chunk.index,
             message=ChatMessage(content=text or None if calls else text, tool_calls=calls or None),
             logprobs=self._logprobs(chunk.logprobs),
-            finish_reason="tool_calls" if calls else reason,
-            stop_reason=chunk.stop_reason,
+            finish_reason=_reason(chunk, calls),
+            stop_reason=named_stop(self.body, chunk),
             token_ids=list(chunk.token_ids) if self.body.return_token_ids else None,
         )
 
@@ -169,15 +170,13 @@ async def chat(service: Service, body: ChatRequest, api_key: str | None) -> Even
     if mode in ("required", "named"):
         if grammar is not None:
             raise ApiError(400, "tool_choice: the output's format is given too", param="tool_choice")
-        grammar = await service.grammars.json_schema(schema_of(body), "tools")
-    params = service.params(
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        grammar=grammar,
-    )
-    longest = params.max_tokens or service.llm.engine.max_model_len - len(prompt)
-    service.check_logprobs(params.n * longest, params.logprobs)
+        grammar = await service.grammars.json_schema(schema_of(body), "tools", compact=True)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if max_tokens is None:
+        max_tokens = service.longest(len(prompt), body.n or 1, logprobs)
+    params = service.params(body, max_tokens=max_tokens, logprobs=logprobs, grammar=grammar)
+    service.check_logprobs(params.n * max_tokens, logprobs)
     run = ChatRun(service, body, model, mode)
     streams = bool(body.stream)
     request = service.request(prompt, params, stream=streams, api_key=api_key)
@@ -195,7 +194,24 @@ def message_of(message: Message) -> dict[str, Any]:
     if message.name is not None:
         told["name"] = message.name
     if message.tool_calls is not None:
-        told["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        told["tool_calls"] = [_call_of(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         told["tool_call_id"] = message.tool_call_id
     return told
+
+
+def _call_of(call: ToolCall) -> dict[str, Any]:
+    """A call as chat templates expect it: its arguments are an object, where the client's text is one."""
+    told = call.model_dump()
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = json.loads(call.function.arguments or "{}")
+        if isinstance(arguments, dict):
+            told["function"]["arguments"] = arguments
+    return told
+
+
+def _reason(chunk: StreamChunk, calls: Sequence[CalledTool]) -> Finish:
+    """Why a choice ended; one that was cut off says so, since its last call may not be whole."""
+    if chunk.finish_reason == "length":
+        return "length"
+    return "tool_calls" if calls else "stop"

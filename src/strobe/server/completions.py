@@ -14,7 +14,7 @@ from strobe.server.bridge import Stream
 from strobe.server.errors import ApiError
 from strobe.server.replies import Event, EventReply, JsonReply
 from strobe.server.schema import CompletionRequest
-from strobe.server.service import Service
+from strobe.server.service import Service, named_stop
 
 
 @dataclass(eq=False)
@@ -103,7 +103,7 @@ class CompletionRun:
             if self.body.logprobs is None
             else self._logprobs(state, [*(state.prompt_logprobs if echoed else ()), *logprobs], echoed),
             finish_reason=chunk.finish_reason if chunk.finish_reason != "abort" else None,
-            stop_reason=chunk.stop_reason,
+            stop_reason=named_stop(self.body, chunk),
             token_ids=list(token_ids) if wants_ids else None,
             prompt_token_ids=list(state.prompt_ids) if wants_ids and first else None,
         )

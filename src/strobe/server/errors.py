@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,14 +76,31 @@ _FIELDS = ("prompt", "max_tokens", "min_tokens", "logit_bias", "stop_token_ids",
 
 
 def from_validation(errors: Sequence[Any], body: object) -> ApiError:
-    """The first field that pydantic refuses, with all that it says about it."""
+    """The first field that pydantic refuses, with what it says about it.
+
+    A field that may be of several kinds has errors of each: told are those of the kind that fits furthest.
+    """
     if any(error["type"] == "json_invalid" for error in errors):
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     found = [(_field(error["loc"], body, error["type"]), error) for error in errors]
+    first = found[0][0]
+    found = [(where, error) for where, error in found if _within(where, first)]
+    furthest = max(_reach(where, error) for where, error in found)
+    found = [(where, error) for where, error in found if _reach(where, error) == furthest]
     field = found[0][0]
     told = dict.fromkeys(_told(error) for where, error in found if where == field)
     message = " or ".join(list(told)[:4])
     return ApiError(400, f"{field}: {message}" if field else f"the body: {message}", param=field)
+
+
+def _within(field: str | None, outer: str | None) -> bool:
+    return field == outer or (field or "").startswith((f"{outer}.", f"{outer}["))
+
+
+def _reach(field: str | None, error: Any) -> tuple[bool, int, list[int]]:
+    """How far a value fits: its type or not, how deep the fault lies, and how far along each list."""
+    path, typed = field or "", not error["type"].endswith("_type")
+    return typed, len(re.findall(r"[.\[]", path)), [int(index) for index in re.findall(r"\[(\d+)", path)]
 
 
 def _told(error: Any) -> str:

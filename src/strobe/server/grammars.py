@@ -21,7 +21,7 @@ COMPILE_S = 5.0
 """Longest that a client's grammar may take to compile."""
 CACHED = 64
 """Compiled grammars that are kept."""
-_WHITESPACE = r"\n?[ ]{0,8}"
+_WHITESPACE = {"schema": r"\n?[ ]{0,8}", "compact schema": "[ ]?"}
 """Between the parts of a JSON text: a model that likes blanks must not write them for ever."""
 
 
@@ -70,9 +70,13 @@ class Grammars:
         self._threads = ThreadPoolExecutor(2, "strobe-grammar")
         self._kept: OrderedDict[tuple[str, str], LlgGrammar] = OrderedDict()
 
-    async def json_schema(self, schema: dict[str, Any], param: str) -> LlgGrammar:
-        """A text that is JSON of this schema. Raises ApiError 400 where the schema cannot be kept to."""
-        return await self._get("schema", json.dumps(schema, sort_keys=False), param)
+    async def json_schema(self, schema: dict[str, Any], param: str, *, compact: bool = False) -> LlgGrammar:
+        """A text that is JSON of this schema, on one line where it is `compact`.
+
+        Raises:
+            ApiError: 400 where the schema cannot be kept to.
+        """
+        return await self._get("compact schema" if compact else "schema", json.dumps(schema), param)
 
     async def regex(self, pattern: str, param: str) -> LlgGrammar:
         """A text that the regex matches as a whole."""
@@ -113,8 +117,8 @@ class Grammars:
         """A matcher, and what is wrong with the grammar."""
         matcher = self._library.LLMatcher
         try:
-            if kind == "schema":
-                overrides = {"whitespace_pattern": _WHITESPACE}
+            if kind in _WHITESPACE:
+                overrides = {"whitespace_pattern": _WHITESPACE[kind]}
                 text = matcher.grammar_from_json_schema(source, overrides=overrides)
             else:
                 text = matcher.grammar_from_regex(source)

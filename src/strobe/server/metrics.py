@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 if TYPE_CHECKING:
     from strobe.engine.engine import EngineStats
     from strobe.engine.request import Metrics as RequestMetrics
+
+_Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = tuple(1 << power for power in range(18))
@@ -26,10 +28,11 @@ _RECENT = 0.1
 class Metrics:
     """Counters and histograms of one server; gauges of the engine are read when asked for.
 
-    No label takes its values from clients.
+    What vLLM has too carries its label `model_name`. No label takes its values from clients.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.ttft = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
@@ -39,16 +42,16 @@ class Metrics:
         )
         self.e2e = self._seconds("e2e_request_latency_seconds", "From arrival to the last token.")
         self.queue = self._seconds("request_queue_time_seconds", "From arrival to the first step.")
-        self.prompt_tokens = Histogram(
-            "strobe:request_prompt_tokens", "Tokens of a prompt.", registry=self.registry, buckets=_TOKENS
+        self.prefill = self._seconds(
+            "request_prefill_time_seconds", "From the first step to the first token."
         )
-        self.output_tokens = Histogram(
-            "strobe:request_generation_tokens", "Tokens written.", registry=self.registry, buckets=_TOKENS
-        )
+        self.decode = self._seconds("request_decode_time_seconds", "From the first token to the last.")
+        self.prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.output_tokens = self._histogram("request_generation_tokens", "Tokens written.", _TOKENS)
         self.finished = Counter(
             "strobe:request_success",
             "Requests by how they ended.",
-            ["finished_reason"],
+            ["model_name", "finished_reason"],
             registry=self.registry,
         )
         self.rejected = Counter(
@@ -74,22 +77,33 @@ class Metrics:
         self.recent_queue_s = 1.0
 
     def _seconds(self, name: str, what: str) -> Histogram:
-        return Histogram(f"strobe:{name}", what, registry=self.registry, buckets=_SECONDS)
+        return self._histogram(name, what, _SECONDS)
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        labels = ["model_name"]
+        every = Histogram(f"strobe:{name}", what, labels, registry=self.registry, buckets=buckets)
+        return every.labels(self.model_name)
 
     def watch(self, stats: Callable[[], EngineStats], max_model_len: int) -> None:
         """Show the engine's own numbers, read at each scrape."""
-        self.registry.register(_EngineCollector(stats, max_model_len))
+        self.registry.register(_EngineCollector(stats, max_model_len, self.model_name))
+
+    def ended(self, reason: str) -> None:
+        """Count a request by how it ended."""
+        self.finished.labels(self.model_name, reason).inc()
 
     def observe(self, metrics: RequestMetrics, reason: str) -> None:
         """A request that ended by itself."""
         self.ttft.observe(metrics.ttft_s)
         self.e2e.observe(metrics.e2e_s)
         self.queue.observe(metrics.queue_s)
+        self.prefill.observe(metrics.ttft_s - metrics.queue_s)
+        self.decode.observe(metrics.e2e_s - metrics.ttft_s)
         if metrics.tpot_s:
             self.tpot.observe(metrics.tpot_s)
         self.prompt_tokens.observe(metrics.prompt_tokens)
         self.output_tokens.observe(metrics.output_tokens)
-        self.finished.labels(reason).inc()
+        self.ended(reason)
         self.recent_queue_s += _RECENT * (metrics.queue_s - self.recent_queue_s)
 
     async def watch_loop(self) -> None:
@@ -108,9 +122,10 @@ class Metrics:
 
 
 class _EngineCollector:
-    def __init__(self, stats: Callable[[], EngineStats], max_model_len: int) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], max_model_len: int, model_name: str) -> None:
         self._stats = stats
         self._max_model_len = max_model_len
+        self._model_name = model_name
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -129,7 +144,7 @@ class _EngineCollector:
             ("kv_cache_pages_used", "Pages that sequences hold.", stats.used_pages),
             ("max_model_len", "Longest prompt and output together, in tokens.", self._max_model_len),
         ):
-            yield GaugeMetricFamily(f"strobe:{name}", what, value)
+            yield self._told(GaugeMetricFamily, name, what, value)
         for name, what, value in (
             ("engine_steps", "Forward passes.", stats.steps),
             ("prompt_tokens", "Prompt tokens served.", stats.prompt_tokens),
@@ -138,4 +153,9 @@ class _EngineCollector:
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
         ):
-            yield CounterMetricFamily(f"strobe:{name}", what, value)
+            yield self._told(CounterMetricFamily, name, what, value)
+
+    def _told(self, kind: type[_Family], name: str, what: str, value: float) -> _Family:
+        family = kind(f"strobe:{name}", what, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from strobe.checkpoints.tokenizer import Tokenizer
 from strobe.engine.llm import LLM
-from strobe.engine.request import Request
+from strobe.engine.request import Request, StreamChunk
 from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import RequestError, StrobeError
 from strobe.server.bridge import EngineBridge
@@ -45,7 +45,7 @@ class Service:
         self.config = config
         self.names = config.served_names or (llm.name,)
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.names[0])
         self.bridge = EngineBridge(llm.engine, config, self.metrics)
         self.metrics.watch(llm.engine.stats, llm.engine.max_model_len)
         self._threads = ThreadPoolExecutor(2, "strobe-text")
@@ -195,6 +195,11 @@ class Service:
                 code="context_length_exceeded",
             )
 
+    def longest(self, prompt: int, n: int, top: int | None) -> int:
+        """Tokens of an answer whose length nobody gave: what the context holds, and logprobs may tell of."""
+        context = self.llm.engine.max_model_len - prompt
+        return context if top is None else min(context, MAX_LOGPROB_ENTRIES // (n * (top + 1)))
+
     def check_logprobs(self, tokens: int, top: int | None) -> None:
         """Raise ApiError where an answer would hold more log-probabilities than a client can want."""
         if top is not None and tokens * (top + 1) > MAX_LOGPROB_ENTRIES:
@@ -207,3 +212,9 @@ class Service:
     def token_text(self, token_id: int) -> str:
         """One token as text; a piece of a character as U+FFFD."""
         return self.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def named_stop(body: Sampling, chunk: StreamChunk) -> str | int | None:
+    """What of `stop` and `stop_token_ids` ended an output; None where the model ended it by itself."""
+    reason = chunk.stop_reason
+    return reason if isinstance(reason, str) or reason in (body.stop_token_ids or ()) else None
