@@ -74,13 +74,16 @@ def test_both_ways_draw_the_same_tokens() -> None:
         drawing = [sequences[row] for row in batch]
         logits = 3 * torch.randn(len(drawing), VOCAB)
         logits[:, list(STOPS[:2])] += 6.0
-        expected = torch_way.draw(logits, drawing).tolist()
+        expected = torch_way.draw(logits, drawing).on_device.tolist()
         with emulated_gpu(sm_count=4):
-            cuda_way = cuda_way or CudaDraw(STOPS, VOCAB, torch.device("cuda"))
+            cuda_way = cuda_way or CudaDraw(STOPS, VOCAB, torch.device("cuda"), 16)
             for each in drawing:
                 known = each.params.penalised and not each.output
                 assert cuda_way.waits_for([each]) == (each.matcher is not None or known)
-            assert cuda_way.draw(logits, drawing).tolist() == expected
+            out = torch.full((16,), -1)
+            tokens = cuda_way.draw(logits, drawing, out)
+            assert tokens.on_device.tolist() == tokens.on_host.tolist() == expected
+            assert out.tolist() == expected + [-1] * (16 - len(expected))
         for each, token in zip(drawing, expected, strict=True):
             each.tokens.append(token)
             if each.matcher is not None:
@@ -91,12 +94,12 @@ def test_both_ways_draw_the_same_tokens() -> None:
 def test_counts_that_missed_a_token_are_taken_anew() -> None:
     one, torch_way = sequence("penalised", 3), TorchDraw(())
     with emulated_gpu(sm_count=4):
-        cuda_way = CudaDraw((), VOCAB, torch.device("cuda"))
+        cuda_way = CudaDraw((), VOCAB, torch.device("cuda"), 1)
         for _ in range(3):
             logits = torch.randn(1, VOCAB)
-            expected = torch_way.draw(logits, [one]).tolist()
+            expected = torch_way.draw(logits, [one]).on_device.tolist()
             assert cuda_way.waits_for([one])
-            assert cuda_way.draw(logits, [one]).tolist() == expected
+            assert cuda_way.draw(logits, [one]).on_device.tolist() == expected
             one.tokens += [*expected, 17]  # one that the kernel did not draw
 
 
@@ -104,11 +107,11 @@ def test_a_row_that_is_over_does_not_ask_its_matcher() -> None:
     over = sequence("bound", 1)
     over.finish_reason = "stop"
     over.matcher.last = 10**6  # nothing would be allowed
-    assert TorchDraw(()).draw(torch.randn(1, VOCAB), [over]).item() < VOCAB
+    assert TorchDraw(()).draw(torch.randn(1, VOCAB), [over]).on_device.item() < VOCAB
     if missing() is None:
         with emulated_gpu(sm_count=4):
-            way = CudaDraw((), VOCAB, torch.device("cuda"))
-            assert way.draw(torch.randn(1, VOCAB), [over]).item() < VOCAB
+            way = CudaDraw((), VOCAB, torch.device("cuda"), 1)
+            assert way.draw(torch.randn(1, VOCAB), [over]).on_device.item() < VOCAB
 
 
 class Emulated:
@@ -117,7 +120,7 @@ class Emulated:
     def __init__(self, model) -> None:
         with emulated_gpu(sm_count=4):
             device = torch.device("cuda")
-            self._way = CudaDraw(model.config.eos_token_ids, model.config.vocab_size, device)
+            self._way = CudaDraw(model.config.eos_token_ids, model.config.vocab_size, device, 8)
 
     def __getattr__(self, name: str):
         def call(*args):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from strobe.engine.request import Sequence
+from strobe.engine.transfer import Mailboxes, Tokens
 from strobe.ops import sampling_cuda
 from strobe.ops.sampling_cuda import EDIT, ROW
 
@@ -34,12 +35,13 @@ class _Row:
 
 
 class CudaDraw:
-    """`stop_ids` are the model's own end tokens, which `min_tokens` forbids."""
+    """`stop_ids` are the model's own end tokens, which `min_tokens` forbids; a draw is of up to `rows`."""
 
-    def __init__(self, stop_ids: SequenceOf[int], vocab: int, device: torch.device) -> None:
+    def __init__(self, stop_ids: SequenceOf[int], vocab: int, device: torch.device, rows: int) -> None:
         self._stop_ids = tuple(stop_ids)
         self._vocab, self._device = vocab, device
         self._table = sampling_cuda.Table(device)
+        self._on_host = Mailboxes(rows)
         self._rows: WeakKeyDictionary[Sequence, _Row] = WeakKeyDictionary()
         self._loaded: tuple[Sequence, ...] = ()
         self._next: list[int] = []
@@ -53,21 +55,26 @@ class CudaDraw:
             for sequence in sequences
         )
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-        """A token id, int64 `[rows]`, for each sequence from its row of `logits` `[rows, vocab]`."""
+    def draw(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence], out: torch.Tensor | None = None
+    ) -> Tokens:
+        """A token id for each sequence from its row of `logits` `[rows, vocab]`, in `out` where it is given.
+        The kernel writes them to the host itself: a copy behind it would take longer than it does."""
         sequences = tuple(sequences)
+        copy = self._on_host.next(len(sequences))
         if all(sequence.params.plain for sequence in sequences):
-            return sampling_cuda.sample(logits)
+            return Tokens(sampling_cuda.sample(logits, out=out, copy=copy), copy)
         penalised = [sequence for sequence in sequences if sequence.params.penalised]
         recounted = [self._count(sequence) for sequence in penalised if not self._counted(sequence)]
         positions = [sequence.output_len for sequence in sequences]
         if recounted or sequences != self._loaded or positions != self._next:
             self._load(sequences, positions)
-        token_ids = sampling_cuda.sample(logits, self._table, self._allowed(sequences))
+        allowed = self._allowed(sequences)
+        token_ids = sampling_cuda.sample(logits, self._table, allowed, out=out, copy=copy)
         self._next = [position + 1 for position in positions]
         for sequence in penalised:
             self._rows[sequence].counted += 1
-        return token_ids
+        return Tokens(token_ids, copy)
 
     def logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, top: int, rows: list[int] | None = None

@@ -10,6 +10,7 @@ import torch
 
 from strobe.engine.request import Sequence
 from strobe.engine.sampling_params import SamplingParams
+from strobe.engine.transfer import Tokens
 from strobe.ops import sampling
 
 
@@ -51,8 +52,14 @@ class TorchDraw:
         them."""
         return any(sequence.matcher is not None or sequence.params.penalised for sequence in sequences)
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
-        """A token id, int64 `[rows]`, for each sequence from its row of `logits` `[rows, vocab]`."""
+    def draw(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence], out: torch.Tensor | None = None
+    ) -> Tokens:
+        """A token id for each sequence from its row of `logits` `[rows, vocab]`, in `out` where given."""
+        token_ids = self._token_ids(logits, sequences)
+        return Tokens(token_ids if out is None else out[: len(token_ids)].copy_(token_ids))
+
+    def _token_ids(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor:
         sequences, vocab = tuple(sequences), logits.shape[1]
         rows = self._rows
         if rows is None or rows.sequences != sequences:

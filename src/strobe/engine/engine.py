@@ -65,7 +65,7 @@ class Engine:
         cache = KvCache(plan.pages, config.page_size, prefix_cache=reuse)
         self.scheduler = Scheduler(config, cache)
         self.runner = Runner(model, config, plan.pages, plan.max_model_len)
-        self.sampler = Sampler(draw_for(config.sampling_kernel, model))
+        self.sampler = Sampler(draw_for(config.sampling_kernel, model, config.max_num_seqs))
         self._stop_ids = frozenset(model.config.eos_token_ids)
         self._random = random.Random(config.seed)  # noqa: S311 - seeds of samples, not secrets
         self._arrived: deque[Request] = deque()
@@ -169,8 +169,7 @@ class Engine:
             logits = self.runner.run(schedule)
             if schedule.scored or self.sampler.waits_for(schedule.sampled):
                 self._accept_launched(but=0)
-            sampled = self.sampler.sample(logits, schedule)
-            self.runner.keep_drawn(sampled.token_ids)
+            sampled = self.sampler.sample(logits, schedule, self.runner.drawn)
             self.scheduler.advance(schedule)
             self._launched.append((schedule, sampled))
         self._accept_launched(but=1 if self.config.overlap and schedule.chunks else 0)

@@ -50,7 +50,7 @@ class Runner:
         `schedule.sampled`, then one for each token of the chunks `schedule.scored`. The next run may
         overwrite them.
 
-        Tokens that the host has not read yet are taken from those of the last `keep_drawn`.
+        Tokens that the host has not read yet are taken from `drawn`.
         """
         page_size, first_word = self.config.page_size, self.staging.first_word
         inputs = inputs_of(schedule, page_size, first_word)
@@ -65,10 +65,10 @@ class Runner:
         with self._threads(schedule.tokens):
             return self.model(batch())
 
-    def keep_drawn(self, token_ids: torch.Tensor) -> None:
-        """Keep what a step drew, int64 `[rows]`, for the rows of the next step that go on from it."""
-        if self.config.overlap:
-            self.staging.drawn[: len(token_ids)].copy_(token_ids)
+    @property
+    def drawn(self) -> torch.Tensor | None:
+        """Where a step's tokens go, int64 on the device: rows of the next step go on from them."""
+        return self.staging.drawn if self.config.overlap else None
 
     def _stage(self, inputs: StepInputs, kernels: tuple[str, str]) -> Callable[[], Batch]:
         """Send a step's arrays. What is returned makes the Batch of what lies in their places when called."""

@@ -12,7 +12,7 @@ from strobe.engine.draw_cuda import CudaDraw
 from strobe.engine.draw_torch import TorchDraw
 from strobe.engine.request import Sequence, TokenLogprobs
 from strobe.engine.scheduler import Chunk, Schedule
-from strobe.engine.transfer import Readback
+from strobe.engine.transfer import Readback, Tokens
 from strobe.errors import SettingsError
 from strobe.models.network import Model
 from strobe.ops import sampling_cuda
@@ -30,15 +30,17 @@ class Draw(Protocol):
 
     def waits_for(self, sequences: SequenceOf[Sequence]) -> bool: ...
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> torch.Tensor: ...
+    def draw(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence], out: torch.Tensor | None = None
+    ) -> Tokens: ...
 
     def logprobs(
         self, logits: torch.Tensor, tokens: torch.Tensor, top: int, rows: list[int] | None = None
     ) -> Scores: ...
 
 
-def draw_for(kernel: str, model: Model) -> Draw:
-    """How a model's tokens are drawn by the kernel of that name; "auto" is cuda where that fits.
+def draw_for(kernel: str, model: Model, rows: int) -> Draw:
+    """How up to `rows` tokens at once are drawn by the kernel of that name; "auto" is cuda where that fits.
 
     Raises:
         SettingsError: there is no such kernel, or it does not take this model's logits.
@@ -50,7 +52,7 @@ def draw_for(kernel: str, model: Model) -> Draw:
         return TorchDraw(stop_ids)
     refused = sampling_cuda.refusals(vocab, model.dtype, device)
     if not refused:
-        return CudaDraw(stop_ids, vocab, device)
+        return CudaDraw(stop_ids, vocab, device, rows)
     if kernel == "auto":
         return TorchDraw(stop_ids)
     raise SettingsError(f"sampling_kernel 'cuda' does not fit: {'; '.join(refused)}")
@@ -66,7 +68,7 @@ class Drawn:
 
 
 class Sampled:
-    """Drawn tokens on the device, `token_ids` int64 `[rows]`, and copies on their way to the host.
+    """Drawn tokens and what belongs to them, on their way to the host.
 
     `wanting` are the rows that want log-probabilities, each with the number of likeliest tokens that it
     asks for; `logprobs` are theirs. `scored` are prompt tokens of a chunk, and their log-probabilities,
@@ -75,15 +77,15 @@ class Sampled:
 
     def __init__(
         self,
-        token_ids: torch.Tensor,
+        tokens: Tokens,
         wanting: SequenceOf[tuple[int, int]] = (),
         logprobs: SequenceOf[torch.Tensor] = (),
         scored: SequenceOf[tuple[Chunk, tuple[int, ...], Scores]] = (),
     ) -> None:
-        self.token_ids = token_ids
         self._wanting = wanting
-        self._readback = Readback(token_ids.device)
-        self._copies = [self._readback.copy(tensor) for tensor in (token_ids, *logprobs)]
+        self._readback = Readback(tokens.on_device.device)
+        token_ids = self._readback.copy(tokens.on_device) if tokens.on_host is None else tokens.on_host
+        self._copies = [token_ids, *map(self._readback.copy, logprobs)]
         self._scored = [
             (chunk, tokens, [self._readback.copy(tensor) for tensor in scores])
             for chunk, tokens, scores in scored
@@ -119,21 +121,22 @@ class Sampler:
         step before must be read first."""
         return self._draw.waits_for(sequences)
 
-    def sample(self, logits: torch.Tensor, schedule: Schedule) -> Sampled:
+    def sample(self, logits: torch.Tensor, schedule: Schedule, out: torch.Tensor | None = None) -> Sampled:
         """A token for each of `schedule.sampled`, from `logits` as `Runner.run` lays them out; they may be
-        of any floating type. Launches, and does not wait."""
+        of any floating type. The tokens are in the first rows of `out` too, int64 on the device, where it is
+        given. Launches, and does not wait."""
         count = len(schedule.sampled)
         sequences, rows = schedule.sampled, logits[:count]
-        token_ids = self._draw.draw(rows, sequences)
+        tokens = self._draw.draw(rows, sequences, out)
         scored = self._score_prompts(logits[count:], schedule) if schedule.scored else ()
         wanting = [
             (row, s.params.logprobs) for row, s in enumerate(sequences) if s.params.logprobs is not None
         ]
         if not wanting:
-            return Sampled(token_ids, scored=scored)
+            return Sampled(tokens, scored=scored)
         top = min(max(top for _, top in wanting), rows.shape[1])
-        logprobs = self._draw.logprobs(rows, token_ids, top, [row for row, _ in wanting])
-        return Sampled(token_ids, wanting, logprobs, scored)
+        logprobs = self._draw.logprobs(rows, tokens.on_device, top, [row for row, _ in wanting])
+        return Sampled(tokens, wanting, logprobs, scored)
 
     def _score_prompts(
         self, logits: torch.Tensor, schedule: Schedule

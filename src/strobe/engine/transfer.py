@@ -7,7 +7,7 @@ follow one another there. The host only takes care not to write what a copy may 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -130,6 +130,27 @@ class Readback:
 
     def wait(self) -> None:
         self._arrived.synchronize()
+
+
+class Tokens(NamedTuple):
+    """What a step drew, int64 `[rows]`: on the device, and where the draw writes it, in a host's memory that
+    is filled when the device has come so far."""
+
+    on_device: torch.Tensor
+    on_host: torch.Tensor | None = None
+
+
+class Mailboxes:
+    """Pinned tensors of the host, int64 `[rows]`, which kernels write: a step's is read before its turn
+    comes again."""
+
+    def __init__(self, rows: int) -> None:
+        self._boxes = [torch.empty(rows, dtype=torch.int64, pin_memory=True) for _ in range(BUFFERS)]
+        self._turn = 0
+
+    def next(self, count: int) -> torch.Tensor:
+        self._turn = (self._turn + 1) % BUFFERS
+        return self._boxes[self._turn][:count]
 
 
 _DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}

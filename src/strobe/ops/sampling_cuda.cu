@@ -43,6 +43,7 @@ struct Sample {
   const Edit* edits;
   const u32* allowed;      // [masks, mask_words]: a bit a token
   i64* tokens;             // [rows]
+  i64* copy;               // null, or [rows]: memory of the host
   float* scratch;          // [blocks, slice + PADDING]: slices of a GPU without clusters
   int count, vocab, mask_words;
 };
@@ -486,6 +487,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(const __grid_con
     const int token = plain ? argmax_row(p, logits, to) : sample_row(p, row, logits, to);
     if (token >= 0) {  // all blocks have met since they read the row
       p.tokens[r] = token;
+      if (p.copy) p.copy[r] = token;
       if (p.rows) p.rows[r].position = row.position + 1;
       if (p.rows && row.counts) row.counts[token] += 2;
     }

@@ -106,7 +106,7 @@ class _Sample(ctypes.Structure):
     _fields_ = [
         ("logits", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("rows", "edits", "allowed", "tokens", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("rows", "edits", "allowed", "tokens", "copy", "scratch")),
         *((name, ctypes.c_int) for name in ("count", "vocab", "mask_words")),
     ]
 
@@ -123,21 +123,29 @@ class _Score(ctypes.Structure):
 
 
 def sample(
-    logits: torch.Tensor, table: Table | None = None, allowed: torch.Tensor | None = None
+    logits: torch.Tensor,
+    table: Table | None = None,
+    allowed: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Token ids int64 `[rows]` from logits `[rows, vocab]`, in one launch.
+    """Token ids int64 `[rows]` from logits `[rows, vocab]`, in one launch; in the first rows of `out` where
+    it is given, and where `copy` is, in the first rows of that too, pinned memory of the host.
 
     Logits are float32, bfloat16 or float16, each row contiguous.
 
     Row i is drawn as row i of `table` says, without one greedily. `allowed` int32 `[masks, words]` has a
     bit for each token, the lowest first: what the rows that name a mask may draw.
     """
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    rows = logits.shape[0]
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if out is None else out[:rows]
     params = _Sample(
         logits=logits.data_ptr(),
         stride=logits.stride(0),
         tokens=tokens.data_ptr(),
-        count=logits.shape[0],
+        copy=None if copy is None else copy.data_ptr(),
+        count=rows,
         vocab=logits.shape[1],
     )
     if table is not None:

@@ -89,7 +89,8 @@ class _EverythingOnGpu(TorchFunctionMode):
         if func is torch.Tensor.data_ptr:
             kernel.buffers.add(args[0])
         args = tuple(_on_cpu(arg) for arg in args)
-        return func(*args, **{name: _on_cpu(arg) for name, arg in (kwargs or {}).items()})
+        kwargs = {name: _on_cpu(arg) for name, arg in (kwargs or {}).items() if name != "pin_memory"}
+        return func(*args, **kwargs)
 
 
 def _on_cpu(argument: Any) -> Any:
