@@ -36,6 +36,13 @@ def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
     assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
 
 
+def test_warm_without_a_gpu_asks_for_an_arch(
+    cli: Cli, source: jit.Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strobe.device.has_gpu", lambda: False)
+    assert "--arch" in cli("cache", "warm").error
+
+
 def test_warm_says_at_once_that_nothing_can_be_kept(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from strobe import device as devices
 from strobe.cli import console
 from strobe.cli.options import Json
-from strobe.errors import SettingsError, UnknownNameError
+from strobe.errors import DeviceError, SettingsError, UnknownNameError
 
 app = typer.Typer(help="The compiled kernels on disk.", no_args_is_help=True)
 
@@ -58,6 +59,8 @@ def warm(
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise SettingsError(f"{folder} cannot be written", hint="set STROBE_CACHE_DIR")
+    if arch is None and not devices.has_gpu():
+        raise DeviceError("no GPU here to compile for", hint="name an arch, as --arch sm_90a")
     target = arch or jit.arch_of()
     if target.rstrip("af") not in (known := jit.supported_archs()):
         raise UnknownNameError.among("arch", target, known)

@@ -101,13 +101,18 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     reasons = []
+    fitting = _fitting(tile, problem.head_dim, problem.arch)
     if tile.warps < 1 or tile.q % (16 * tile.warps) or tile.q < 1:
         reasons.append(f"tile q={tile.q}; supported: multiples of 16 for each of its {tile.warps} warps")
     elif tile.k % 16 or tile.k < 1:
         reasons.append(f"tile k={tile.k}; supported: multiples of 16")
-    elif tile.stages < 2 or tile.blocks_per_sm < 1:
+    elif tile.stages < 2:
+        reasons.append(f"tile stages={tile.stages}; supported: 2 and up")
+    elif tile.q_in_registers not in (0, 1):
+        reasons.append(f"tile q_in_registers={tile.q_in_registers}; supported: 0, 1")
+    elif not 1 <= tile.blocks_per_sm <= max(1, fitting):
         reasons.append(
-            f"tile stages={tile.stages}, blocks_per_sm={tile.blocks_per_sm}; supported: from 2, from 1"
+            f"tile blocks_per_sm={tile.blocks_per_sm}; supported: 1 to {max(1, fitting)} of this size"
         )
     elif (taken := tile.accumulators(problem.head_dim)) > 192:
         reasons.append(f"its accumulators take {taken} registers a thread; supported: up to 192")
@@ -150,10 +155,14 @@ _STATIC_BYTES = 256
 def choose_tile(head_dim: int, arch: int) -> Tile:
     """The first tile of TILES whose blocks fit an SM's shared memory together."""
     candidates = next(tiles for largest, tiles in TILES.items() if head_dim <= largest)
-    room = dense.shared_memory(arch) + _RESERVED_BYTES
-    taken = _RESERVED_BYTES + _STATIC_BYTES
-    fitting = (t for t in candidates if t.blocks_per_sm * (t.shared_bytes(head_dim) + taken) <= room)
+    fitting = (tile for tile in candidates if tile.blocks_per_sm <= _fitting(tile, head_dim, arch))
     return next(fitting, candidates[-1])
+
+
+def _fitting(tile: Tile, head_dim: int, arch: int) -> int:
+    """Blocks that fit an SM's shared memory together."""
+    room = dense.shared_memory(arch) + _RESERVED_BYTES
+    return room // (tile.shared_bytes(head_dim) + _STATIC_BYTES + _RESERVED_BYTES)
 
 
 def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
