@@ -11,6 +11,7 @@ import transformers
 
 from strobe.checkpoints import GenerationDefaults, load, meta
 from strobe.checkpoints.huggingface_config import model_config
+from strobe.errors import CheckpointError
 from strobe.models.config import Rope
 
 
@@ -62,6 +63,21 @@ def test_older_rope_keys(tmp_path, formats):
     assert load(tmp_path, device="cpu").config.rope == Rope(2e4, "linear", 3.0)
     path.write_text(json.dumps({**values, "rope_theta": 2e4, "rope_scaling": None}))
     assert load(tmp_path, device="cpu").config.rope == Rope(2e4)
+
+
+def test_rope_scaling_wins_over_rope_parameters():
+    """As in transformers: people add it to a config by hand, to go beyond the context it was trained on."""
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    for more in ({}, {"rope_theta": 7e4}):
+        values = {**newer, **more, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        theirs = transformers.LlamaConfig.from_dict(values)
+        told = theirs.rope_parameters
+        values = {**theirs.to_dict(), "architectures": ["LlamaForCausalLM"], **values}
+        rope = model_config(Path("config.json"), values, {}).rope
+        assert rope == Rope(told["rope_theta"], "linear", told["factor"])
+    with pytest.raises(CheckpointError, match="yarn"):
+        values["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+        model_config(Path("config.json"), values, {})
 
 
 def test_windows_of_configs_without_layer_types():

@@ -216,15 +216,15 @@ def _window(keys: _Keys, family: _Family, layers: int) -> tuple[int | None, froz
 
 
 def _rope(keys: _Keys) -> Rope:
-    """`rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+    """`rope_parameters`, or the older `rope_scaling`, which wins; `rope_theta` where they hold none."""
     values: dict[str, Any] = {}
     if keys.has("rope_theta"):
         values["rope_theta"] = keys.values["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in ("rope_parameters", "rope_scaling"):
         part = keys.values.get(name)
         if part is not None and not isinstance(part, dict):
             raise CheckpointError(f"{keys.path}: {name} is {part!r}; supported: an object")
-        values |= part or {}
+    values |= keys.values.get("rope_scaling") or keys.values.get("rope_parameters") or {}
     kind = values.get("rope_type", values.get("type", "default"))
     if not isinstance(kind, str) or kind not in _ROPE_SCALINGS:
         raise CheckpointError(

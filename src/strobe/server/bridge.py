@@ -144,12 +144,12 @@ class EngineBridge:
                 f"{config.max_queue} prompts and {config.max_queued_tokens} tokens",
                 param="prompt",
             )
-        full = len(waiting) + self.preparing + requests > config.max_queue + seats
-        if full or queued + tokens > config.max_queued_tokens:
+        ahead = len(waiting) + self.preparing
+        if ahead + requests > config.max_queue + seats or queued + tokens > config.max_queued_tokens:
             self.metrics.rejected.inc()
             raise ApiError(
                 429,
-                f"the queue is full: {len(waiting)} requests of {queued} tokens wait",
+                f"the queue is full: {ahead} requests wait, with {queued} tokens",
                 retry_after_s=min(30.0, self.metrics.recent_queue_s),
             )
 
