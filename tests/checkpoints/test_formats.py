@@ -75,8 +75,8 @@ def test_rope_scaling_wins_over_rope_parameters():
         values = {**theirs.to_dict(), "architectures": ["LlamaForCausalLM"], **values}
         rope = model_config(Path("config.json"), values, {}).rope
         assert rope == Rope(told["rope_theta"], "linear", told["factor"])
+    values["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
     with pytest.raises(CheckpointError, match="yarn"):
-        values["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
         model_config(Path("config.json"), values, {})
 
 
