@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from strobe.attention import ladder
 from strobe.attention.cases import Case, decode_shape, prefill_shape
-from strobe.bench import document, plots, tables
+from strobe.bench import ceilings, document, peers, plots, tables
 from strobe.bench.attention import Provider, measure_all, of_rung, sweep
 from strobe.bench.linear import measure_all as measure_linear
 from strobe.bench.results import Result
@@ -53,6 +54,23 @@ def test_refusals_are_left_out_or_raised() -> None:
 def test_tile_sizes_are_checked_by_name() -> None:
     with pytest.raises(KernelRefusedError, match="cuda_fused_warp has no tile size z; it has: q, k"):
         of_rung(ladder.find("cuda_fused_warp", "prefill"), {"z": 3})
+
+
+def test_peers_answer_to_their_backends_names() -> None:
+    assert [peer.name for peer in peers.named(["sdpa-flash", "fa3", "sdpa-cudnn"])] == ["fa2", "fa3", "cudnn"]
+
+
+def test_a_ceiling_of_16_bits_on_a_cpu_is_float32s_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else kernels that work in float32 would run at many times the ceiling."""
+
+    def timed(call: Callable[[], torch.Tensor], device: str) -> float:
+        return {torch.float16: 100.0, torch.float32: 2.0, torch.float64: 8.0}[call().dtype]
+
+    monkeypatch.setattr(ceilings, "_fastest_ms", timed)
+    measured = {dtype: ceilings.ceilings.__wrapped__("cpu", dtype) for dtype in ("float16", "float64")}
+    assert measured["float16"].matmul_tflops == 4 * measured["float64"].matmul_tflops
 
 
 def test_sweeps_move_the_right_length() -> None:

@@ -75,6 +75,13 @@ def test_ladder_times_what_runs_and_tells_what_the_others_need(cli: Cli) -> None
         (("attention", "--plot", "x.gif"), "unknown figure format"),
         (("attention", "--tile", "q"), "name=size pairs"),
         (("attention", "--kernel", "torch_naive", "--tile", "q=64"), "torch_naive has no tile size q"),
+        (("attention", "--tile", "q=64,k=128"), "nothing runs (dense batch 1, q_len 4096, kv_len 4096"),
+        (
+            ("attention", "--tile", "q=64,k=128"),
+            "strobe:cuda_fused_warp: tensors on cpu; needs an NVIDIA GPU",
+        ),
+        (("attention", "--tile", "z=64"), "no kernel has tile sizes z"),
+        (("attention", "--vs", "sdpa-flash"), "fa2 cannot run here: needs a GPU"),
         (("attention", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("attention", "--host"), "no NVIDIA GPU"),
         (("memory", "--seq", "1k"), "no NVIDIA GPU"),

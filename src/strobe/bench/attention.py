@@ -58,9 +58,14 @@ def of_rung(rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None) -> P
     return Provider(f"strobe:{rung.name}", refusals, bind)
 
 
-def _tile(rung: ladder.Rung, sizes: Mapping[str, int]) -> Any:
+def tile_names(rung: ladder.Rung) -> list[str]:
+    """The tile sizes that a rung takes, by name."""
     kind = getattr(rung.module, "Tile", None)
-    known = [] if kind is None else [field.name for field in fields(kind)]
+    return [] if kind is None else [field.name for field in fields(kind)]
+
+
+def _tile(rung: ladder.Rung, sizes: Mapping[str, int]) -> Any:
+    known = tile_names(rung)
     if unknown := [name for name in sizes if name not in known]:
         raise KernelRefusedError(
             f"{rung.name} has no tile size {', '.join(unknown)}; it has: {', '.join(known) or 'none'}"

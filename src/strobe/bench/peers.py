@@ -21,6 +21,8 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Paged
 from strobe.errors import UnknownNameError
 
 Call = Callable[[], torch.Tensor]
+_BACKENDS = {"sdpa-flash": "fa2", "sdpa-cudnn": "cudnn"}
+"""Peers by the backend of scaled_dot_product_attention that they are."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Peer:
 
 def named(names: list[str]) -> list[Peer]:
     """The peers of these names. Raises UnknownNameError."""
+    names = [_BACKENDS.get(name, name) for name in names]
     for name in names:
         if name not in PEERS:
             raise UnknownNameError.among("peer", name, PEERS)

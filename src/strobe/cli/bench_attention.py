@@ -14,7 +14,7 @@ from strobe import settings
 from strobe.attention import ladder
 from strobe.cli import bench_options, console
 from strobe.cli.options import Commit, Device, Json, Plot, Save
-from strobe.errors import StrobeError, UnknownNameError
+from strobe.errors import KernelRefusedError, StrobeError, UnknownNameError
 
 if TYPE_CHECKING:
     from strobe.attention.cases import Case
@@ -37,7 +37,10 @@ Suite = Annotated[
         help="A standard set of shapes: prefill or ladder, or few of them: prefill-quick, ladder-quick."
     ),
 ]
-TileSizes = Annotated[str | None, typer.Option("--tile", help="Tile sizes, as q=64,k=128.")]
+TileSizes = Annotated[
+    str | None,
+    typer.Option("--tile", help="Tile sizes, as q=64,k=128; of all kernels, those that have them."),
+]
 Host = Annotated[
     bool, typer.Option("--host", help="Time what a call costs the host instead: strobe.attention and peers.")
 ]
@@ -191,12 +194,16 @@ def measure(
     cases: list[Any], phase: str, kernel: str, vs: str, tile: str | None, dtype: str, where: str
 ) -> tuple[list[dict[str, Any]], Any]:
     from strobe.bench import peers
-    from strobe.bench.attention import measure_all, of_peer, of_rung
+    from strobe.bench.attention import measure_all, of_peer, of_rung, tile_names, torch_dtype
     from strobe.bench.ceilings import ceilings
 
     every = ladder.DECODE if phase == "decode" else ladder.PREFILL
     rungs = every if kernel == "all" else [ladder.find(name, phase) for name in kernel.split(",")]
     sizes = None if tile is None else tile_sizes(tile)
+    if sizes is not None and kernel == "all":
+        rungs = [rung for rung in rungs if sizes.keys() <= set(tile_names(rung))]
+        if not rungs:
+            raise KernelRefusedError(f"no kernel has tile sizes {', '.join(sizes)}")
     named = peers.named([name for name in vs.split(",") if name])
     for peer in named:
         if reason := peer.missing():
@@ -216,6 +223,10 @@ def measure(
         if not rows:
             raise
         console.note(f"stopped: {done} of {len(cases)} shapes are measured")
+    if not rows:
+        problem = cases[0].inputs(torch_dtype(dtype), where).problem
+        reasons = "; ".join(f"{p.name}: {', '.join(p.refusals(problem))}" for p in providers)
+        raise KernelRefusedError(f"nothing runs ({problem}): {reasons}")
     return rows, roof
 
 
