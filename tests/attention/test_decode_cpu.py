@@ -113,6 +113,5 @@ def test_every_accepted_problem_has_a_shape_that_fits(
 
 @pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda r: r.__name__)
 def test_only_what_is_settled_is_read_early(rung: Any) -> None:
-    settled = problem(layout=Paged(None, None, settled=True))
-    assert rung.choose_shape(settled).early == paged.READS
-    assert rung.choose_shape(problem()).early == paged.NOTHING
+    assert rung.choose_shape(problem(layout=Paged(None, None, settled=True))).settled
+    assert not rung.choose_shape(problem()).settled

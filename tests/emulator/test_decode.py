@@ -10,7 +10,6 @@ import pytest
 import torch
 from cuda_emulator import emulated_gpu, missing
 
-from strobe.attention import paged
 from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
@@ -20,18 +19,18 @@ from strobe.attention.problem import UNLIMITED, Options, Paged
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-EARLY = {"early": paged.READS, "read_once": True}
+SETTLED = {"settled": True}
 VARIANTS = [
-    (cuda_paged, {"tickets": True, "early": paged.HINTS}),
-    (cuda_paged, EARLY),
+    (cuda_paged, {"heads": 2}),
+    (cuda_paged, SETTLED),
     (cuda_cluster, {"cluster": 4}),
-    (cuda_cluster, {"cluster": 16, **EARLY}),
+    (cuda_cluster, {"cluster": 16, **SETTLED}),
 ]
 
 
 def run(rung: Any, changes: dict[str, Any], inputs: Inputs, sms: int = 5) -> torch.Tensor:
     out = torch.full_like(inputs.q, float("nan"))
-    with emulated_gpu(sm_count=sms):
+    with emulated_gpu(sm_count=sms, last_block_first=random.random() < 0.5):
         problem = inputs.problem
         lse = empty_lse(problem, inputs.q).fill_(float("nan"))
         shape = replace(rung.choose_shape(problem), **changes)
@@ -55,6 +54,20 @@ def test_window_softcap_and_odd_pages(rung: Any, changes: dict[str, Any]) -> Non
     window = (random.randint(0, 60), UNLIMITED)
     case = Case("odd", rows, 6, 2, 80, "paged", 10, causal=True, window=window, softcap=15.0)
     run(rung, changes, case.inputs(torch.float16, seed=random.randrange(2**31)))
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "lengths", "sms"),
+    [(8, 1, (4800,), 36), (1, 1, (2500, 700), 20), (8, 2, (2500, 10), 18), (4, 4, (900, 0, 130), 11)],
+)
+def test_segments_that_many_blocks_share(
+    q_heads: int, kv_heads: int, lengths: tuple[int, ...], sms: int
+) -> None:
+    """More than FAN blocks a segment, so that groups of them add up first; and a few."""
+    case = Case("shared", tuple((1, n) for n in lengths), q_heads, kv_heads, 64, "paged", causal=True)
+    inputs = case.inputs(torch.bfloat16, seed=random.randrange(2**31))
+    first = run(cuda_paged, {}, inputs, sms)
+    assert torch.equal(run(cuda_paged, SETTLED, inputs, sms), first)
 
 
 @pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda rung: rung.__name__)

@@ -49,13 +49,12 @@ class Variant:
 
 VARIANTS = (
     Variant("paged", cuda_paged),
-    Variant("paged_numbered", cuda_paged, {"tickets": True, "early": paged.HINTS}),
-    Variant("paged_early", cuda_paged, {"early": paged.READS, "read_once": True}),
+    Variant("paged_settled", cuda_paged, {"settled": True}),
     Variant("cluster", cuda_cluster),
-    Variant("cluster_early", cuda_cluster, {"early": paged.READS, "read_once": True}),
-    Variant("cluster_of_2", cuda_cluster, {"cluster": 2, "early": paged.HINTS}),
+    Variant("cluster_settled", cuda_cluster, {"settled": True}),
+    Variant("cluster_of_2", cuda_cluster, {"cluster": 2}),
 )
-PLAIN_VARIANTS = (VARIANTS[0], VARIANTS[3])
+PLAIN_VARIANTS = (VARIANTS[0], VARIANTS[2])
 
 PLAIN = Case("plain", ((1, 500), (1, 700), (1, 333)), 8, 2, 128, "paged", causal=True)
 ONE_ROW = Case("one_row", ((1, 8192),), 32, 8, 128, "paged", causal=True)
@@ -74,6 +73,8 @@ LONG = tuple(
         ("long", [70_000], (32, 8, 128)),
         ("heads", [9_001, 8_864, 8_727], (8, 8, 64)),
         ("one_head", [20_000], (16, 1, 128)),
+        ("two_heads", [50_000, 70], (8, 2, 64)),
+        ("whole_segments", [700 - i for i in range(64)], (32, 8, 128)),
         ("batch", [1_500 - 7 * i for i in range(70)], (16, 4, 128)),
         ("one_long_row", [40_000, *(37 * i % 900 for i in range(90))], (8, 2, 128)),
     )

@@ -183,7 +183,7 @@ def test_graphs_replay_with_other_lengths_and_tables(variant: Variant) -> None:
         fresh = describe(inputs.q, inputs.k, inputs.v, Options(causal=True, layout=fresh_layout))
         for graph in reversed(graphs):
             out.fill_(float("nan"))
-            torch.cuda.synchronize()  # `early` promises that lengths and tables are long written
+            torch.cuda.synchronize()  # `settled` promises that lengths and tables are long written
             graph.replay()
             judged = verdict(fresh, inputs.q, inputs.k, inputs.v, out)
             assert judged.right, f"{lens}: {judged}"
@@ -213,7 +213,7 @@ def test_chain_of_append_and_attention(variant: Variant) -> None:
         shaped.rung.run(problem, q, stored[i, 0], stored[i, 1], out, None, shaped.shape(problem))
 
     expected = torch.empty_like(outs)
-    same = Variant("", variant.rung, {**variant.changes, "early": paged.NOTHING, "read_once": False})
+    same = Variant("", variant.rung, {**variant.changes, "settled": False})
     layer(0, variant, outs[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -16,8 +16,6 @@ MAX_PAGE_SIZE = 256
 FP8 = "float8_e4m3fn"
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a block may have (compute capability 9.0)."""
-NOTHING, HINTS, READS = range(3)
-"""What a kernel does before the one ahead of it in the stream has ended (tile_stream.cuh, EARLY)."""
 _DTYPES = ("bfloat16", "float16")
 
 
@@ -50,8 +48,8 @@ class Tiles:
 
     A tile is `keys` keys of one key head; a block reads `heads` key heads side by side for
     `column_tiles` * 8 query rows of each, and each of its warps holds `stages` tiles of K and V.
-    `read_once` lets the L2 cache give tiles up first. `early` is NOTHING, HINTS or READS, which
-    a layout that is `settled` allows.
+    `settled` is the layout's promise: lengths, page numbers and old keys are read before the kernel
+    ahead has ended.
     """
 
     head_dim: int
@@ -66,8 +64,7 @@ class Tiles:
     heads: int = 1
     warps: int = 8
     stages: int = 3
-    read_once: bool = False
-    early: int = NOTHING
+    settled: bool = False
 
     @property
     def columns(self) -> int:
@@ -113,8 +110,7 @@ class Tiles:
             "HEADS": self.heads,
             "WARPS": self.warps,
             "STAGES": self.stages,
-            "READ_ONCE": self.read_once,
-            "EARLY": self.early,
+            "SETTLED": self.settled,
         }
 
 
@@ -135,7 +131,7 @@ def tiles(problem: AttentionProblem) -> Tiles:
         problem.softcap > 0,
         problem.sinks is not None,
         column_tiles=1 if rows <= 8 or problem.head_dim > 192 else 2,
-        early=READS if cast(Paged, problem.layout).settled else NOTHING,
+        settled=cast(Paged, problem.layout).settled,
     )
 
 

@@ -31,12 +31,12 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("batch", "segments", "q_len", "row_blocks", "table_stride")),
         *((name, ctypes.c_int) for name in ("left", "right")),
         *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_scale")),
-        *((name, ctypes.c_int) for name in ("table_columns", "hint_lines")),
+        ("table_columns", ctypes.c_int),
     ]
 
     @classmethod
     def of(cls, problem: AttentionProblem, tiles: Tiles) -> Params:
-        """What the problem and its layout decide: all but q, out, lse, sinks, `partials` and `hint_lines`."""
+        """What the problem and its layout decide: all but q, out, lse, sinks and `partials`."""
         layout, scale = cast(Paged, problem.layout), problem.scale or 0.0
         row_blocks = -(-problem.group * problem.q_len // tiles.columns)
         params = cls(

@@ -4,7 +4,7 @@
 //
 // Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads that a
 // block reads side by side), WARPS, STAGES, scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for
-// e4m3 with a scale a head), SOFTCAP, SINKS, READ_ONCE, EARLY.
+// e4m3 with a scale a head), SOFTCAP, SINKS, SETTLED.
 #pragma once
 
 #include "operands.cuh"
@@ -23,12 +23,12 @@ struct Params {
   const int *seq_lens, *page_table, *cu_seqlens_q;
   const float* sinks;
   const float *k_scale, *v_scale;  // [kv_heads], or null: 1
-  u8* partials;                    // cuda_paged: [blocks, 2] Partials, empty between launches
+  u8* partials;                    // cuda_paged: [blocks, KINDS] Partials, empty between launches, and a counter
   i64 q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   i64 lse_row_stride, lse_head_stride;
   int batch, segments, q_len, row_blocks, table_stride, left, right;
   float scale_log2, softcap_log2, softcap_scale;
-  int table_columns, hint_lines;
+  int table_columns;
 };
 
 // The query rows of one key head of a segment. Row r is token r / GROUP of the sequence, head r % GROUP of the group.
@@ -124,12 +124,13 @@ template <bool MASKED>
 __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 values, int key, const Segment& s,
                                             const Rows& rows, const Queries& q, State& state) {
   const int lane = threadIdx.x % 32;
-  float scores[KEY_TILES][COLUMN_TILES][4];
+  float scores[KEY_TILES][COLUMN_TILES][4], odd[KEY_TILES][COLUMN_TILES][4];  // two chains of products
 #pragma unroll
   for (int t = 0; t < KEY_TILES; ++t) {
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n)
-      scores[t][n][0] = scores[t][n][1] = scores[t][n][2] = scores[t][n][3] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][n][i] = odd[t][n][i] = 0.f;
 #pragma unroll
     for (int d = 0; d < DIM_TILES; d += Operands::TILES) {
       u32 a[Operands::TILES][4];
@@ -138,7 +139,7 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
       for (int i = 0; i < Operands::TILES; ++i)
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; ++n)
-          mma_16x8x16<mma_t>(scores[t][n], a[i], q.b[d + i][n][0], q.b[d + i][n][1]);
+          mma_16x8x16<mma_t>((d + i) % 2 ? odd[t][n] : scores[t][n], a[i], q.b[d + i][n][0], q.b[d + i][n][1]);
     }
   }
 
@@ -153,6 +154,7 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = scores[t][n][i];
+        x += odd[t][n][i];
         if (SOFTCAP) x = p.softcap_log2 * tanh_exp2(x * q.scale);
         else x *= q.scale;
         if (MASKED) {

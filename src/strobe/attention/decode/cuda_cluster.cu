@@ -108,13 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
   }
   __syncwarp();
   // Under programmatic launch the kernel ahead may still run.
-  if (EARLY == HINTS) {
-    const int lane = threadIdx.x % 32;
-    const int column = ((begin + lane / TileShape::RUNS * step) * KEYS + lane % TileShape::RUNS * TileShape::RUN) / PAGE_SIZE;
-    if (lane == 0) prefetch_l2(p.seq_lens + row);
-    if (column < p.table_columns) prefetch_l2(pages + column);
-  }
-  if (EARLY != READS) {
+  if (!SETTLED) {
     grid_dependency_wait();
     grid_launch_dependents();
   }
@@ -137,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
   TileStream<DealtTiles> stream{tiles, k_map, v_map, dynamic + warp * STAGES * 2 * TileShape::BYTES,
                                 shared.full[warp], begin};
   stream.start();
-  if (EARLY == READS) {
+  if (SETTLED) {
     grid_dependency_wait();
     grid_launch_dependents();
   }

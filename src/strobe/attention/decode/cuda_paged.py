@@ -19,8 +19,8 @@ IDEA = "the keys of all rows and heads cut evenly among the SMs, each warp strea
 
 MAX_BATCH = 4096
 _SOURCE = Path(__file__).with_suffix(".cu")
-_HINT_LINES = 2048
-"""Most lines of 128 bytes of a page table that are asked for before its rows' lengths are known."""
+_SMS = 132
+"""What shapes that are compiled ahead are chosen for."""
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -32,44 +32,50 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 @dataclass(frozen=True)
 class Shape(paged.Tiles):
-    """What the kernel is compiled for. `tickets` numbers the blocks as they start."""
-
-    tickets: bool = False
+    """What the kernel is compiled for."""
 
     @property
     def partial_bytes(self) -> int:
-        """`Partial` of cuda_paged.cu."""
-        return 4 * self.heads * self.columns * (self.head_dim + 2)
+        """`Partial` of partials.cuh."""
+        return 6 * self.heads * self.columns * self.head_dim
 
     def shared_bytes(self, batch: int) -> int:
-        """The warps' rings, what `gather` adds up, the rows' lengths, a ticket."""
-        return self.rings_bytes + self.shares_bytes + 4 * (2 * batch + 1 + self.tickets)
-
-    def defines(self) -> dict[str, jit.Define]:
-        return {**super().defines(), "TICKETS": self.tickets}
+        """The warps' rings, what `gather` adds up, the rows' lengths, the block's number."""
+        return self.rings_bytes + self.shares_bytes + 4 * (2 * batch + 2)
 
 
-def choose_shape(problem: AttentionProblem) -> Shape:
+def choose_shape(problem: AttentionProblem, sms: int = _SMS) -> Shape:
     """The shape that is fastest by measurement (docs/log.md)."""
-    return _choose(Shape(**asdict(paged.tiles(problem))), problem.kv_heads, problem.batch)
+    return _choose(Shape(**asdict(paged.tiles(problem))), problem.kv_heads, problem.batch, sms)
 
 
 @lru_cache(maxsize=4096)
-def _choose(shape: Shape, kv_heads: int, batch: int) -> Shape:
-    """The heads, warps and stages of a shape.
-
-    Two heads side by side read longer rows and halve the segments, but double what a merge reads:
-    they pay where most segments need none. Then as many stages as fit, for 8 warps or else 4.
-    """
-    many = 256 if shape.row_bytes >= 256 else 64
-    heads = 2 if kv_heads % 2 == 0 and kv_heads * batch >= many else 1
+def _choose(shape: Shape, kv_heads: int, batch: int, sms: int) -> Shape:
+    """As many stages as fit, for 8 warps or else 4, and the heads."""
     room = paged.up(batch, 64)
     fitting = (
-        replace(shape, heads=heads, warps=warps, stages=stages)
+        replace(shape, warps=warps, stages=stages)
         for warps, fewest in ((8, 2), (4, 1))
         for stages in range(8, fewest - 1, -1)
     )
-    return next(each for each in fitting if each.shared_bytes(room) <= paged.SHARED_LIMIT)
+    shape = next(each for each in fitting if each.shared_bytes(room) <= paged.SHARED_LIMIT)
+    return replace(shape, heads=_heads(shape, kv_heads, batch, sms))
+
+
+def _heads(shape: Shape, kv_heads: int, batch: int, sms: int) -> int:
+    """Heads side by side read longer rows and leave fewer segments, but a merge reads more.
+
+    They pay where a block then has one or two segments to itself, which nobody merges if lengths are equal,
+    and two of them where most segments need no merge anyway.
+    """
+    fitting = [heads for heads in (1, 2, 4, 8) if kv_heads % heads == 0 and shape.warps % heads == 0]
+    for each in (1, 2):
+        for heads in fitting:
+            blocks = kv_heads * batch / heads / each
+            if sms * 15 / 16 <= blocks <= sms:
+                return heads
+    many = 256 if shape.row_bytes >= 256 else 64
+    return 2 if 2 in fitting and kv_heads * batch >= many else 1
 
 
 def source(shape: Shape) -> jit.Source:
@@ -85,12 +91,11 @@ def prepare(
     shape: Shape | None = None,
 ) -> PagedLaunch:
     """`run` of this problem, for tensors like these."""
-    shape = shape or choose_shape(problem)
     device, layout = q.get_device(), cast(Paged, problem.layout)
+    sms = _sm_count(device)
+    shape = shape or choose_shape(problem, sms)
     params = Params.of(problem, shape)
-    blocks = _blocks(_sm_count(device), problem.batch * params.segments)
-    lines = -(-layout.page_table.shape[0] * layout.page_table.stride(0) // 32)
-    params.hint_lines = lines if lines <= _HINT_LINES else 0
+    blocks = _blocks(sms, problem.batch * params.segments)
     kernel = jit.kernel(_SOURCE, "attend", shape.defines(), device)
 
     def launch(args: list[Any]) -> jit.Launch:
@@ -139,14 +144,14 @@ _per_stream: dict[Any, torch.Tensor] = {}
 
 
 def _partials(layout: Paged, where: torch.device, shape: Shape, blocks: int) -> torch.Tensor:
-    """Room for the blocks' partials and the tickets' counter, which every launch leaves as it found them:
-    all bits one, or for the counter where the next launch of as many blocks begins.
+    """Room for the blocks' partials and the counter that numbers them, which every launch leaves as it found
+    them: all bits one, or for the counter where the next launch of as many blocks begins.
 
     One a stream, so that launches on several do not meet. A CUDA graph under capture gets its own, kept
     with the layout: the graph empties it, and it lives in the graph's memory. No other graph may use it,
     which could be replayed before this one and would find it unwritten.
     """
-    size = 2 * blocks * shape.partial_bytes + 16
+    size = 3 * blocks * shape.partial_bytes + 16  # KINDS of partials.cuh
     kept: dict[Any, torch.Tensor] = _per_stream
     stream = torch.cuda.current_stream(where).cuda_stream
     key: Any = (where, stream, size, blocks)
@@ -166,10 +171,12 @@ def _capture_id(stream: int) -> object:
 
 
 def _blocks(sms: int, segments: int) -> int:
-    """One block an SM, or a few less where each segment of an even batch then has blocks of its own: a
-    block that ends one segment and begins another is late for both."""
-    own = sms // segments * segments
-    return own if own * 16 >= sms * 15 else sms
+    """One block an SM, or up to a sixteenth less where, in a batch of equal lengths, a segment then has blocks
+    of its own, or a block one or two segments: one that ends a segment and begins another is late for both."""
+    if segments > 2 * sms:
+        return sms
+    even = (n for n in range(sms, sms - sms // 16 - 1, -1) if n % segments == 0 or segments % n == 0)
+    return next(even, sms)
 
 
 @cache

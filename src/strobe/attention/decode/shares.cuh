@@ -43,6 +43,18 @@ struct Sum {
     l += weight * sum;
     o.x += weight * share.x, o.y += weight * share.y, o.z += weight * share.z, o.w += weight * share.w;
   }
+
+  __device__ __forceinline__ void raise(float reference) {
+    const float weight = fast_exp2(m - reference);
+    m = reference;
+    l *= weight;
+    o.x *= weight, o.y *= weight, o.z *= weight, o.w *= weight;
+  }
+
+  __device__ __forceinline__ void join(const Sum& other) {
+    raise(fmaxf(m, other.m));
+    add(fast_exp2(other.m - m), other.l, other.o);
+  }
 };
 
 // The end of a row: out = o / l, lse = m + log l. A row that saw no key gives 0 and -inf.

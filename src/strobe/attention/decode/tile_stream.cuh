@@ -10,19 +10,15 @@
 //
 // In shared memory a run is [RUN][ROW_BYTES], each SPAN_BYTES of a row swizzled by the copy engine.
 //
-// Defines: HEAD_DIM, PAGE_SIZE, KEYS (a tile), STAGES; kv_t is the cache's element. READ_ONCE: tiles are the
-// first that the L2 cache gives up. EARLY: what is done before the kernel ahead has ended, see below.
+// Tiles are read once: they are the first that the L2 cache gives up.
+//
+// Defines: HEAD_DIM, PAGE_SIZE, KEYS (a tile), STAGES; kv_t is the cache's element. SETTLED: the kernel ahead, which may
+// still run, writes q and the cache's keys of this call's queries, nothing else that is read here.
 #pragma once
 
 #include "grid_dependency.cuh"
 #include "segment.cuh"
 #include "tma.cuh"
-
-// EARLY is one of
-constexpr int NOTHING = 0;
-constexpr int HINTS = 1;  // lengths and page numbers are asked into the L2 cache
-constexpr int READS = 2;  // they are read, and keys and values of older tokens: the kernel ahead may write the cache's
-                          // keys of this call's queries and q, nothing else that is read here
 
 __host__ __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 
@@ -106,19 +102,12 @@ struct TileStream {
     u8* const k_tile = ring + into * (2 * Shape::BYTES) + lane % Shape::RUNS * Shape::RUN_PITCH;
     if (lane == 0) full[into].arrive_expecting(runs * (2 * Shape::RUN_BYTES));
     if (mine) {
-      if (EARLY == READS && now.fresh) grid_dependency_wait();
-      copy(k_tile, k_map, full[into]);
-      copy(k_tile + Shape::BYTES, v_map, full[into]);
+      if (SETTLED && now.fresh) grid_dependency_wait();
+      tma_load_once(k_tile, k_map, full[into], 0, 0, now.token, now.head, now.page);
+      tma_load_once(k_tile + Shape::BYTES, v_map, full[into], 0, 0, now.token, now.head, now.page);
     }
     ++slot;
     coming += tiles.stride();
-  }
-
-  __device__ __forceinline__ void copy(u8* to, const TensorMap& map, Barrier& barrier) const {
-    if (READ_ONCE)
-      tma_load_once(to, map, barrier, 0, 0, now.token, now.head, now.page);
-    else
-      tma_load(to, map, barrier, 0, 0, now.token, now.head, now.page);
   }
 
   // This lane's run of the tiles from `first` on.

@@ -24,6 +24,3 @@ __device__ __forceinline__ float2 load_relaxed(const float2* p) {
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
   return x;
 }
-
-// Bring the line that holds `p` to the L2 cache. A hint: nothing waits for it, and nothing is read.
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -1,8 +1,6 @@
 // The emulator's memory.cuh.
 #pragma once
 
-inline void prefetch_l2(const void*) {}
-
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 
 template <class T>
