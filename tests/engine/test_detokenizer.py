@@ -70,6 +70,8 @@ TOKENIZER = sentencepiece_like()
 def test_text_goes_on_from_the_prompt(prompt, text):
     whole, before = TOKENIZER.decode([*prompt, *text]), TOKENIZER.decode(prompt)
     assert before + "".join(stream(Detokenizer(TOKENIZER, prompt), text)) == whole
+    at_once = Detokenizer(TOKENIZER, prompt)
+    assert before + at_once.push(text) + at_once.finish() == whole
 
 
 @given(

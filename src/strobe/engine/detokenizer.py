@@ -39,7 +39,7 @@ class Detokenizer:
         text = self._utf8.decode(data)
         if self._begins and data:
             self._begins = False
-            if text.startswith(" ") and not self._tokenizer.decode(token_ids).startswith(" "):
+            if text.startswith(" ") and self._tokenizer.decode(token_ids) != data.decode("utf-8", "replace"):
                 text = text[1:]
         return self._release(text, stops)
 
