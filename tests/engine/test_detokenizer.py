@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -66,6 +66,7 @@ def test_broken_bytes_are_not_held_for_ever(tokens):
 TOKENIZER = sentencepiece_like()
 
 
+@example(prompt=[259], text=[258, 258, 257])
 @given(prompt=st.lists(st.integers(256, 259), max_size=12), text=st.lists(st.integers(0, 259), max_size=30))
 def test_text_goes_on_from_the_prompt(prompt, text):
     whole, before = TOKENIZER.decode([*prompt, *text]), TOKENIZER.decode(prompt)
