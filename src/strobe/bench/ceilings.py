@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -34,15 +34,13 @@ class Ceilings:
 def ceilings(device: str, dtype: str) -> Ceilings:
     """Measure once a process: random data, the fastest of many runs, since nothing should pass a ceiling.
 
-    The product is the dtype's; on a CPU, of a 16-bit dtype, float32's where that is faster. The read is the
-    faster of torch's sum and, on a GPU that has them, bulk copies.
+    The product is torch's in the dtype; on a CPU the fastest of it, float32's for 16 bits, and oneDNN's. The
+    read is the faster of torch's sum and, on a GPU that has them, bulk copies.
     """
     n = 8192 if device == "cuda" else 1024
-    kind = getattr(torch, dtype)
-    if device == "cpu" and kind.itemsize == 2:  # kernels may work in float32, many times as fast on some
-        kinds = {kind, torch.float32}
-        kind = min(kinds, key=lambda kind: _fastest_ms(_product(n // 4, kind, device), device))
-    product_ms = _fastest_ms(_product(n, kind, device), device)
+    makes = _products(getattr(torch, dtype), device)
+    make = makes[0] if len(makes) == 1 else min(makes, key=lambda make: _fastest_ms(make(n // 4), device))
+    product_ms = _fastest_ms(make(n), device)
     big = torch.randn((4 << 30 if device == "cuda" else 256 << 20) // 4, device=device)
     # a sum reads every byte once and writes next to nothing
     read_ms = _fastest_ms(lambda: big.sum(), device)
@@ -51,9 +49,29 @@ def ceilings(device: str, dtype: str) -> Ceilings:
     return Ceilings(dtype, 2 * n**3 / product_ms * 1e-9, big.nbytes / read_ms * 1e-6)
 
 
-def _product(n: int, kind: torch.dtype, device: str) -> Callable[[], object]:
-    a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
-    return lambda: a @ b
+def _products(dtype: torch.dtype, device: str) -> list[Callable[[int], Callable[[], object]]]:
+    """Ways to multiply two random matrices of a size: what kernels of this dtype may stand on."""
+
+    def matmul(n: int, kind: torch.dtype = dtype) -> Callable[[], object]:
+        return partial(torch.matmul, *_two(n, kind, device))
+
+    def onednn(n: int) -> Callable[[], object]:
+        return partial(
+            torch.ops.mkldnn._linear_pointwise, *_two(n, torch.float32, device), None, "none", [], ""
+        )
+
+    ways: list[Callable[[int], Callable[[], object]]] = [matmul]
+    if device == "cuda" or dtype == torch.float64:
+        return ways
+    if dtype != torch.float32:
+        ways.append(partial(matmul, kind=torch.float32))
+    if torch.backends.mkldnn.is_available():
+        ways.append(onednn)
+    return ways
+
+
+def _two(n: int, kind: torch.dtype, device: str) -> list[torch.Tensor]:
+    return [torch.randn(n, n, device=device).to(kind) for _ in range(2)]
 
 
 def _bulk_ms(data: torch.Tensor) -> float:
