@@ -66,6 +66,13 @@ def test_contradiction_is_refused():
         SamplingParams(min_tokens=5, max_tokens=4)
 
 
+@pytest.mark.parametrize(("temperature", "greedy"), [(0, True), (5e-324, True), (9e-6, True), (1e-5, False)])
+def test_a_temperature_that_is_nearly_none_is_none(temperature, greedy):
+    """5e-324 is zero in float32, in which logits are divided by it."""
+    params = SamplingParams(temperature=temperature)
+    assert (params.greedy, params.temperature == 0) == (greedy, greedy)
+
+
 def test_params_are_values():
     params = SamplingParams(stop="\n\n", stop_token_ids=[3, 4])
     assert params.stop == ("\n\n",)

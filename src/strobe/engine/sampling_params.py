@@ -20,6 +20,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_TOKENS = 1 << 20
 MAX_BIASES = 1024
+_COLDEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SamplingParams:
     max_tokens: int | None = None
     """None for as many as the context holds."""
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 takes the likeliest token; below 1e-5 counts as 0, since logits over it outgrow float32 in the end."""
     top_k: int = 0
     """Draw among the k likeliest tokens; 0 or -1 for all."""
     top_p: float = 1.0
@@ -88,6 +89,8 @@ class SamplingParams:
             ("frequency_penalty", -100.0, 100.0),
         ):
             _check_number(name, getattr(self, name), low, high)
+        if self.temperature < _COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_p == 0:
             raise RequestError(
                 "top_p is 0; supported: over 0, up to 1", hint="temperature=0 takes the likeliest token"
