@@ -36,7 +36,7 @@ class SamplingParams:
     max_tokens: int | None = None
     """None for as many as the context holds."""
     temperature: float = 1.0
-    """0 takes the likeliest token; below 1e-5 counts as 0, since logits over it outgrow float32 in the end."""
+    """0 takes the likeliest token; below 1e-5 counts as 0, for the quotient must stay finite in float32."""
     top_k: int = 0
     """Draw among the k likeliest tokens; 0 or -1 for all."""
     top_p: float = 1.0
