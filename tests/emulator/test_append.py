@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import pytest
 import torch
 from cuda_emulator import emulated_gpu
@@ -35,10 +33,18 @@ def test_norms_rotates_and_appends(
         for x, w in ((qk[:, :q_heads], wide.q), (qk[:, q_heads:], wide.k))
     ]
     q = cache.append_rotated(
-        torch.cat(normed, 1).bfloat16(), v, turn, stored[0, 0], stored[0, 1], slots, scales
+        torch.cat(normed, 1).bfloat16(),
+        v,
+        turn,
+        stored[0, 0],
+        stored[0, 1],
+        slots,
+        cache.Options(scales=scales),
     )
-    with emulated_gpu(), patch.multiple(cache, FUSES_NORMS=True, READS_EARLY=early):
-        q_kernel = cache.append_rotated(qk, v, turn, stored[1, 0], stored[1, 1], slots, scales, norms)
+    with emulated_gpu():
+        q_kernel = cache.append_rotated(
+            qk, v, turn, stored[1, 0], stored[1, 1], slots, cache.Options(norms, scales, early)
+        )
     torch.testing.assert_close(q_kernel.float(), q.float(), rtol=2**-6, atol=2**-6)
     rtol = 0.13 if scales else 2**-6  # a neighbouring float8 at most
     torch.testing.assert_close(stored[1].float(), stored[0].float(), rtol=rtol, atol=2**-6)

@@ -15,7 +15,6 @@ from strobe.models import shapes
 from strobe.models.batch import Batch, KvTensors
 from strobe.models.config import ModelConfig
 from strobe.models.network import tensors
-from strobe.ops import cache
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -61,6 +60,6 @@ def test_a_decode_step(kind: dict[str, bool]) -> None:
         wide.copy_(rounded.copy_(wide))
     want = step(exact, "torch_grouped", "torch_linear", *(x.float() for x in cached))
     on_gpu = patch.object(model, "device", torch.device("cuda"))
-    with on_gpu, emulated_gpu(sm_count=3), patch.object(cache, "FUSES_NORMS", True):
+    with on_gpu, emulated_gpu(sm_count=3):
         got = step(model, "cuda_paged", "cuda_skinny", *(x.clone() for x in cached))
     assert (got.float() - want).abs().max() <= 0.05 * want.abs().max()

@@ -81,9 +81,9 @@ def test_append(kv_dtype: torch.dtype) -> None:
     want = torch.randn(2, 5, 16, kv_heads, head_dim).to(kv_dtype)
     stored = want.clone()
     scales = (torch.rand(2, kv_heads) + 0.1).unbind() if kv_dtype == FP8 else None
-    want_q = cache.append_rotated(qk, v, turn, want[0], want[1], slots, scales)
+    want_q = cache.append_rotated(qk, v, turn, want[0], want[1], slots, cache.Options(scales=scales))
     with emulated_gpu():
-        q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots, scales)
+        q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots, cache.Options(scales=scales))
     step = torch.finfo(torch.bfloat16).eps
     torch.testing.assert_close(q.float(), want_q.float(), rtol=2 * step, atol=4 * step)
     rtol = 0.13 if kv_dtype == FP8 else 2 * step  # a neighbouring float8 at most

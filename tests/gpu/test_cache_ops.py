@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strobe.ops import cache, pages, rope
+from strobe.ops.norm import rms_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -30,12 +31,12 @@ def test_append_rotated(
     before = torch.randn(2, 23, 16, kv_heads, head_dim).to(kv_dtype or dtype)
     scales = None if kv_dtype is None else tuple(torch.rand(2, kv_heads) + 0.1)
     on_cpu, on_gpu = before.clone(), before.cuda()
-    q = cache.append_rotated(qk, v, turn, on_cpu[0], on_cpu[1], slots, scales)
+    q = cache.append_rotated(qk, v, turn, on_cpu[0], on_cpu[1], slots, cache.Options(scales=scales))
     moved = [each.cuda() for each in (fused, *turn, slots)]
     qk_gpu, v_gpu = moved[0].split_with_sizes((q_heads + kv_heads, kv_heads), 1)
     scales_gpu = None if scales is None else tuple(scale.cuda() for scale in scales)
     q_gpu = cache.append_rotated(
-        qk_gpu, v_gpu, (moved[1], moved[2]), on_gpu[0], on_gpu[1], moved[3], scales_gpu
+        qk_gpu, v_gpu, (moved[1], moved[2]), on_gpu[0], on_gpu[1], moved[3], cache.Options(scales=scales_gpu)
     )
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(q_gpu.cpu().float(), q.float(), rtol=2 * step, atol=4 * step)
@@ -48,9 +49,7 @@ def test_append_rotated(
 
 @pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
 @pytest.mark.parametrize(("tokens", "q_heads", "kv_heads", "head_dim"), [(1, 32, 8, 128), (37, 5, 5, 64)])
-def test_append_norms_heads(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, q_heads: int, kv_heads: int, head_dim: int, early: bool
-) -> None:
+def test_append_norms_heads(tokens: int, q_heads: int, kv_heads: int, head_dim: int, early: bool) -> None:
     """The norms on the way against norms of their own before it."""
     fused = (2 * torch.randn(tokens, q_heads + 2 * kv_heads, head_dim, device="cuda")).bfloat16()
     qk, v = fused.split_with_sizes((q_heads + kv_heads, kv_heads), 1)
@@ -61,11 +60,15 @@ def test_append_norms_heads(
     norms = cache.HeadNorms(weights[0], weights[1], 1e-6)
     slots = torch.randperm(23 * 16, device="cuda")[:tokens]
     stored = torch.zeros(2, 2, 23, 16, kv_heads, head_dim, device="cuda").bfloat16()
-    want = cache.append_rotated(qk, v, turn, stored[0, 0], stored[0, 1], slots, norms=norms)
+    normed = [
+        rms_norm(x.contiguous(), w, norms.eps)
+        for x, w in zip(qk.split_with_sizes((q_heads, kv_heads), 1), weights, strict=True)
+    ]
+    want = cache.append_rotated(torch.cat(normed, 1), v, turn, stored[0, 0], stored[0, 1], slots)
     torch.cuda.synchronize()  # what is read early is there before the kernel just ahead starts
-    monkeypatch.setattr(cache, "FUSES_NORMS", True)
-    monkeypatch.setattr(cache, "READS_EARLY", early)
-    got = cache.append_rotated(qk, v, turn, stored[1, 0], stored[1, 1], slots, norms=norms)
+    got = cache.append_rotated(
+        qk, v, turn, stored[1, 0], stored[1, 1], slots, cache.Options(norms, settled=early)
+    )
     torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=2**-5)
     torch.testing.assert_close(stored[1].float(), stored[0].float(), rtol=2**-6, atol=2**-5)
 

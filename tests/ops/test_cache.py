@@ -31,7 +31,7 @@ def test_append_rotated_is_norm_then_rope_then_append(
     stored = torch.zeros(2, 3, 4, kv_heads, 8)
     turn = rope.angles(positions, rope.signed(frequencies, "cpu"), qk.dtype)
     norms = cache.HeadNorms(*torch.rand(2, 8, generator=rng), 1e-5) if normed else None
-    q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots, norms=norms)
+    q = cache.append_rotated(qk, v, turn, stored[0], stored[1], slots, cache.Options(norms))
     if norms is not None:
         weights = (norms.q, norms.k)
         parts = zip(qk.split_with_sizes((q_heads, kv_heads), 1), weights, strict=True)
@@ -45,7 +45,8 @@ def test_append_rotated_is_norm_then_rope_then_append(
 def test_a_float8_cache_holds_quotients_and_saturates() -> None:
     k, v = torch.tensor([[[1.0, -3.0]]]), torch.tensor([[[1e6, -1e6]]])
     stored = torch.zeros(2, 2, 1, 1, 2).to(torch.float8_e4m3fn)
-    cache.append(k, v, stored[0], stored[1], torch.tensor([1]), (torch.tensor([0.5]), torch.tensor([1.0])))
+    scales = torch.tensor([0.5]), torch.tensor([1.0])
+    cache.append(k, v, stored[0], stored[1], torch.tensor([1]), cache.Options(scales=scales))
     assert stored[0].float().flatten().tolist() == [0.0, 0.0, 2.0, -6.0]
     assert stored[1].float().flatten().tolist() == [0.0, 0.0, 448.0, -448.0]
 

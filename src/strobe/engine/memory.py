@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from strobe.engine import graphs
 from strobe.engine.config import EngineConfig
 from strobe.errors import SettingsError
 from strobe.models.config import ModelConfig
@@ -18,6 +19,8 @@ CPU_CACHE_BYTES = GIB // 2
 """What the cache takes of a host's memory unless told otherwise."""
 GPU_CACHE_SHARE = 0.85
 """Share of a GPU's free memory that the cache takes unless told otherwise."""
+_LIBRARIES = GIB // 4
+"""What libraries and the driver keep for themselves once they run, with CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ def plan_memory(model: Model, config: EngineConfig, memory: Memory | None = None
     context = config.max_model_len or network.max_position
     if context > network.max_position:
         raise SettingsError(f"max_model_len is {context}; the model's context is {network.max_position}")
-    sizes = _Sizes(memory, page_bytes, config.page_size, _workspace(network, config, model.dtype.itemsize))
-    pages = _pages(sizes, config, context, on_gpu=model.device.type == "cuda")
+    on_gpu = model.device.type == "cuda"
+    workspace = _workspace(network, config, model.dtype.itemsize, on_gpu=on_gpu)
+    sizes = _Sizes(memory, page_bytes, config.page_size, workspace)
+    pages = _pages(sizes, config, context, on_gpu=on_gpu)
     room = pages * config.page_size
     if config.max_model_len is not None and room < context:
         raise SettingsError(
@@ -173,18 +178,19 @@ def _wanted(config: EngineConfig, context: int) -> int:
     return config.max_num_seqs * -(-context // config.page_size)
 
 
-def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int) -> int:
+def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int, *, on_gpu: bool) -> int:
     """Bytes of a step's tensors at its largest: of one layer's, the widest at a time, and of the logits.
 
     A layer holds the stream, its norm, and gate, up and their product, or q, k, v and what attention
-    gives. Logits are there in the model's dtype, in float32, in what a draw makes of them, and as counts
-    for penalties. CUDA graphs keep memory of their own.
+    gives. Beside logits there are counts for penalties, and what torch's draw makes of them. CUDA graphs
+    share memory of their own, for the largest of them.
     """
-    hidden, widest = network.hidden, max(3 * network.intermediate, 2 * (network.q_size + network.kv_size))
-    rows = config.max_num_seqs
-    streams = config.step_tokens * (3 * hidden + widest) * itemsize
-    once = streams + rows * network.vocab_size * (itemsize + 4 * 4)
-    return 2 * once if config.graphs else once
+    widest = max(3 * network.intermediate, 2 * (network.q_size + network.kv_size))
+    a_token = (3 * network.hidden + widest) * itemsize
+    rows, drawn = config.max_num_seqs, 4 if on_gpu and config.sampling_kernel != "torch" else 4 * 4
+    step = config.step_tokens * a_token + rows * network.vocab_size * (itemsize + drawn)
+    captured = min(rows, graphs.LARGEST) * (a_token + network.vocab_size * itemsize)
+    return step + (captured if config.graphs else 0) + (_LIBRARIES if on_gpu else 0)
 
 
 def _gib(size: int) -> str:

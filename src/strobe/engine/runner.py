@@ -88,6 +88,7 @@ class Runner:
                 cu_seqlens_q=sent.get("cu_seqlens"),
                 max_q_len=inputs.max_q_len,
                 max_kv_len=inputs.max_kv_len,
+                settled=True,
             )
             return Batch(
                 token_ids=sent["token_ids"] if picks is None else self.staging.words,

@@ -106,7 +106,7 @@ class GPT2:
         c = self.config
         q, k, v = qkv.view(-1, 3 * c.q_heads, c.head_dim).chunk(3, dim=1)
         k_pages, v_pages = batch.kv_cache.layers[index]
-        cache.append(k, v, k_pages, v_pages, batch.slots)
+        cache.append(k, v, k_pages, v_pages, batch.slots, cache.Options(settled=batch.layout.settled))
         out: Any = attention(
             batch.rows(q), k_pages, v_pages, causal=True, layout=batch.layout, kernel=batch.attention_kernel
         )

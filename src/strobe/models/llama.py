@@ -108,7 +108,8 @@ class Llama:
         if layer.q_norm is not None and layer.k_norm is not None:
             norms = cache.HeadNorms(layer.q_norm, layer.k_norm, c.norm_eps)
         k_pages, v_pages = batch.kv_cache.layers[index]
-        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots, norms=norms)
+        options = cache.Options(norms, settled=batch.layout.settled)
+        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots, options)
         out: Any = attention(
             batch.rows(q),
             k_pages,
