@@ -77,6 +77,7 @@ WAYS = [
     (64, Tile(consumers=3, bulk_store=True)),
     (96, Tile(bulk_store=True)),
     (128, Tile(bulk_store=True, q_stages=3)),
+    (128, Tile(k_stages=3)),
     (128, Tile(consumers=3, keys=64)),
     (128, Tile(folded=True)),
     (64, Tile(folded=True, bulk_store=True)),

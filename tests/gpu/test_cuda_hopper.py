@@ -72,7 +72,8 @@ def test_three_consumers(case: Case) -> None:
 WAYS = {
     "plain": Tile(),
     "bulk_store": Tile(bulk_store=True),
-    "three_q": Tile(bulk_store=True, q_stages=3, section_mib=4),
+    "three_q": Tile(bulk_store=True, q_stages=3),
+    "three_k": Tile(k_stages=3),
     "three": Tile(consumers=3, keys=64),
     "three_bulk": Tile(consumers=3, keys=64, bulk_store=True),
 }

@@ -11,7 +11,7 @@
 // Measured and dropped (docs/log.md): exp2 by polynomial, q in registers, key tiles above 128, four consumers, eviction
 // hints, a third stage.
 //
-// Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
+// Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, K_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
 // paged), BULK_STORE (results leave through shared memory and the copy engine), FOLDED (few causal tiles: a block works
 // on one alone, and of a head's queries its consumers take 64 from the front and 64 from the back).
@@ -27,7 +27,7 @@
 constexpr int ROWS = 64;  // queries of a consumer
 constexpr int Q_TILE = CONSUMERS * ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * 128;
-constexpr int STAGES = 2;  // of keys and of values
+constexpr int V_STAGES = 2;
 constexpr int WORKS = 3;   // at a time: the consumers' current and coming one, and the producer's
 constexpr int PANEL = HEAD_DIM % 64 ? 32 : 64;  // columns side by side in shared memory: what a swizzle spans
 constexpr int PANELS = HEAD_DIM / PANEL;
@@ -35,15 +35,19 @@ constexpr Swizzle SWIZZLE = PANEL == 64 ? Swizzle::B128 : Swizzle::B64;
 constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
 constexpr u32 KV_BYTES = K_TILE * HEAD_DIM * 2, KV_PANEL_BYTES = K_TILE * PANEL * 2;
 constexpr bool PAGED = PAGE_SIZE > 0;
-constexpr int PAGE_ROWS = PAGED && PAGE_SIZE < K_TILE ? PAGE_SIZE : K_TILE;  // keys of one copy
+constexpr int PAGE = PAGED ? PAGE_SIZE : K_TILE;
+constexpr int PAGE_ROWS = PAGE < K_TILE ? PAGE : K_TILE;  // keys of one copy
 constexpr int V_ROWS = PAGE_ROWS % 16 ? K_TILE : PAGE_ROWS;  // values of so many keys, all panels, are one after the other
 constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : FOLDED ? 24 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : FOLDED ? 240 : 232;
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
 
-static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q), "results wait where q was; a row's end is the tensor's");static_assert(!FOLDED || (CONSUMERS == 2 && HAS_RIGHT && !HAS_LEFT && !KEYLESS && !PACKED_Q),
+static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q),
+              "results wait where q was; a row's end is the tensor's");
+static_assert(!FOLDED || (CONSUMERS == 2 && HAS_RIGHT && !HAS_LEFT && !KEYLESS && !PACKED_Q),
               "both consumers' keys begin at 0, and the second one's end last");
+static_assert(KEYLESS || (!PACKED_Q && !FOREIGN_ROWS), "lengths that only the device knows may be 0");
 
 struct Work;
 
@@ -96,20 +100,18 @@ __device__ __forceinline__ void Params::store_lse(const Work& work, int token, f
 
 struct Shared {
   scalar_t q[Q_STAGES][CONSUMERS][ROWS * HEAD_DIM];
-  scalar_t k[STAGES][K_TILE * HEAD_DIM];
-  scalar_t v[STAGES][K_TILE * HEAD_DIM];
+  scalar_t k[K_STAGES][K_TILE * HEAD_DIM];
+  scalar_t v[V_STAGES][K_TILE * HEAD_DIM];
   Barrier q_full[Q_STAGES][CONSUMERS], q_empty[Q_STAGES][CONSUMERS];
-  Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  Barrier k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
   Barrier work_full[WORKS], work_empty[WORKS];
   Work work[WORKS];
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < Q_STAGES; ++i)
       for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(BULK_STORE ? 1 : 4);
-    for (int i = 0; i < STAGES; ++i) {
-      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
-      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
-    }
+    for (int i = 0; i < K_STAGES; ++i) k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
+    for (int i = 0; i < V_STAGES; ++i) v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
     for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
     fence_barrier_init();
   }
@@ -124,7 +126,8 @@ struct Producer {
   Shared& s;
   const TensorMap &q, &k, &v;
   const int lane = threadIdx.x % 32;
-  Ring<STAGES> k_ring, v_ring;
+  Ring<K_STAGES> k_ring;
+  Ring<V_STAGES> v_ring;
   Ring<Q_STAGES> q_ring;
   Ring<WORKS> work_ring;
 
@@ -132,6 +135,7 @@ struct Producer {
     int kv_head, batch, start, len;
   };
   KeyRows due_rows;
+  bool begun = false;  // what the first work begins with goes ahead of what it needs later
   int due_tile = -1, due_page;  // of the values that are still to be loaded
 
   __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
@@ -205,11 +209,11 @@ struct Producer {
   __device__ __forceinline__ int page_of(const KeyRows& rows, int n) const {
     const int key = n * K_TILE + lane * PAGE_ROWS;
     if (!PAGED || lane >= K_TILE / PAGE_ROWS || key < 0 || key >= rows.len) return -1;
-    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE_SIZE];
+    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE];
   }
 
-  // Key tile n: in one copy, or page by page, a lane each, whose panels of TOGETHER rows are side by side. Pages past
-  // the row's length are not touched.
+  // Key tile n: in one copy, or page by page, panels of TOGETHER rows side by side. Pages past the row's length are not
+  // touched. One lane for all: the copies of lanes that differ would be issued in a loop that asks for the next lane.
   template <int TOGETHER>
   __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
                                             int n, int page) {
@@ -223,14 +227,18 @@ struct Producer {
       const int pages = min(K_TILE / PAGE_ROWS, ceil_div(rows.len - first, PAGE_ROWS));
       if (lane == 0) full.arrive_expecting(pages * PAGE_ROWS * HEAD_DIM * 2);
       __syncwarp();
-      if (lane < pages) {
-        const int row = (first + lane * PAGE_ROWS) % PAGE_SIZE;
-        if constexpr (TOGETHER == PAGE_ROWS) {
-          tma_load(tile + lane * PAGE_ROWS * HEAD_DIM, map, full, 0, row, 0, rows.kv_head, page);
-        } else {
 #pragma unroll
-          for (int panel = 0; panel < PANELS; ++panel)
-            tma_load(tile + (panel * K_TILE + lane * PAGE_ROWS) * PANEL, map, full, 0, row, panel, rows.kv_head, page);
+      for (int i = 0; i < K_TILE / PAGE_ROWS; ++i) {
+        const int at = __shfl_sync(~0u, page, i);
+        if (i < pages && elect_lane()) {
+          const int row = (first + i * PAGE_ROWS) % PAGE;
+          if constexpr (TOGETHER == PAGE_ROWS) {
+            tma_load(tile + i * PAGE_ROWS * HEAD_DIM, map, full, 0, row, 0, rows.kv_head, at);
+          } else {
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel)
+              tma_load(tile + (panel * K_TILE + i * PAGE_ROWS) * PANEL, map, full, 0, row, panel, rows.kv_head, at);
+          }
         }
       }
       __syncwarp();
@@ -240,6 +248,7 @@ struct Producer {
   __device__ __forceinline__ int draw() { return lane == 0 ? atomicAdd(p.next_tile, 1) : 0; }
 
   __device__ __forceinline__ void run() {
+    if (KEYLESS) grid_dependency_wait();  // lengths may be the device's, and outputs written without loads
     int drawn = -1;
     if constexpr (FOLDED) {
       load(work_at(p.order.at(blockIdx.x)));
@@ -269,6 +278,7 @@ struct Producer {
   __device__ __forceinline__ int load(const Work& work) {
     if (!KEYLESS || work.sees_keys()) publish(work);
     else store_nothing(work);
+    if (!KEYLESS) grid_dependency_wait();  // consumers write what depends on loads alone, so they need not
     const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
     const int begin = work.all_keys().begin, last = work.all_keys().end - 1;
     // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
@@ -283,6 +293,7 @@ struct Producer {
 #pragma unroll
         for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
         q_ring.advance();
+        if (!begun) s.q_full[0][CONSUMERS - 1].wait(0), begun = true;
       }
       if (!FOLDED && n == draw_at) drawn = draw();
       load_due_v();
@@ -408,7 +419,8 @@ struct Consumer : Results<BULK_STORE> {
   const Params& p;
   Shared& s;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
-  Ring<STAGES> k_ring, v_ring;
+  Ring<K_STAGES> k_ring;
+  Ring<V_STAGES> v_ring;
   Ring<Q_STAGES> q_ring;
   Ring<WORKS> work_ring;
 
@@ -764,7 +776,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) s.init();
   if (threadIdx.x == 32) prefetch(q), prefetch(k), prefetch(v);
   __syncthreads();
-  grid_dependency_wait();
   grid_launch_dependents();
   if (threadIdx.x < 128) {
     shrink_registers<PRODUCER_REGISTERS>();

@@ -24,23 +24,23 @@ IDEA = (
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
-_STAGES = 2
+_V_STAGES = 2
 _BARRIERS_BYTES = 2048
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q.
+    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time.
 
-    `bulk_store` lets the copy engine store. `folded` has a block work on one tile alone, 64 queries from
-    the front of a head and 64 from its back, so that blocks have equal work. Where tiles differ in length,
-    heads are worked on together whose keys and values take `section_mib` (32: over half of an H200's L2).
+    `q_stages` and `k_stages` tiles of q and k are in shared memory or on their way. `bulk_store` lets the
+    copy engine store. `folded` has a block work on one tile alone, 64 queries from the front of a head and
+    64 from its back, so that blocks have equal work.
     """
 
     consumers: int = 2
     keys: int = 128
     q_stages: int = 2
-    section_mib: int = 32
+    k_stages: int = 2
     bulk_store: bool = False
     folded: bool = False
 
@@ -54,7 +54,7 @@ class Tile:
 
     def shared_bytes(self, head_dim: int) -> int:
         """q, the stages of keys and values, the barriers."""
-        rows = self.q_stages * self.queries + 2 * _STAGES * self.keys
+        rows = self.q_stages * self.queries + (self.k_stages + _V_STAGES) * self.keys
         return 2 * head_dim * rows + _BARRIERS_BYTES
 
 
@@ -65,20 +65,26 @@ TILES = {
     192: Tile(keys=64, q_stages=1),
     256: Tile(keys=64, q_stages=1),
 }
-_THREE = Tile(consumers=3)
+_THREE = Tile(consumers=3, bulk_store=True)
+_BULK = Tile(q_stages=3, bulk_store=True)
 
 
 def choose_tile(problem: AttentionProblem, sm_count: int) -> Tile:
     """Measured on an H200 (docs/log.md).
 
-    At head_dim 64 the special-function unit limits, and a third consumer keeps it busier; it has no
-    registers to spare for anything but plain problems, and is too coarse for short causal ones.
+    Small pages take many copies, which a third stage of keys hides. Stores in bulk pay at head_dim 128
+    while rows are short. At head_dim 64 the special-function unit limits, and a third consumer keeps it
+    busier; it has no registers to spare for anything but plain problems, and is too coarse for short
+    causal ones.
     """
     tile = TILES[problem.head_dim]
+    if not isinstance(problem.layout, Dense):
+        return replace(tile, k_stages=3) if problem.paged and problem.page_size < tile.keys else tile
+    if problem.head_dim == 128 and problem.kv_len < 4096:
+        tile = _BULK
     if _folds(problem) and -(-problem.q_len // tile.queries) * problem.batch * problem.q_heads <= sm_count:
-        return replace(tile, folded=True, bulk_store=problem.head_dim == 128)
-    plain = isinstance(problem.layout, Dense) and not problem.softcap and problem.sinks is None
-    if problem.head_dim == 64 and plain:
+        return replace(tile, folded=True)
+    if problem.head_dim == 64 and not problem.softcap and problem.sinks is None:
         if not problem.masked and problem.q_len > 2 * _THREE.queries:
             return _THREE
         if problem.window == (UNLIMITED, 0) and problem.q_len >= 2048:
@@ -110,8 +116,9 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     """Why this problem cannot be worked on in such a way."""
-    if tile.consumers not in (2, 3) or tile.keys not in (64, 96, 128) or tile.q_stages not in (1, 2, 3):
-        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1 to 3"]
+    sizes = tile.consumers in (2, 3) and tile.keys in (64, 96, 128)
+    if not sizes or tile.q_stages not in (1, 2, 3) or tile.k_stages not in (2, 3):
+        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1 to 3; k_stages 2, 3"]
     reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
     if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
         reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
@@ -182,7 +189,7 @@ def _packed(
 ) -> tuple[Launch, list[torch.Tensor]]:
     """The launch, and copies that it reads of the problem's own tensors: to live until it is queued."""
     device = q.get_device()
-    params = Params.of(problem, tile.queries, _section(problem, tile))
+    params = Params.of(problem, tile.queries, _section(problem))
     params.lay_out(out_strides, lse_strides)
     held = params.attach(problem)
     tiles = params.q_tiles * params.heads
@@ -241,6 +248,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
         "K_TILE": tile.keys,
         "CONSUMERS": tile.consumers,
         "Q_STAGES": tile.q_stages,
+        "K_STAGES": tile.k_stages,
         "HAS_LEFT": left != UNLIMITED,
         "HAS_RIGHT": right != UNLIMITED,
         "KEYLESS": _keyless(problem),
@@ -258,12 +266,12 @@ def sources(arch: str) -> list[jit.Source]:
     """Self-attention in bfloat16, causal and not, at each head_dim and tile."""
     if arch != "sm_90a":
         return []
+    tiles = [(head_dim, causal, tile) for head_dim, tile in TILES.items() for causal in (False, True)]
+    tiles += [(head_dim, True, replace(tile, folded=True)) for head_dim, tile in TILES.items()]
+    tiles += [(64, False, _THREE), (64, True, _THREE), (128, False, _BULK), (128, True, _BULK)]
     return [
-        jit.Source(_SOURCE, defines(problem, tile))
-        for head_dim in HEAD_DIMS
-        for causal in (False, True)
-        for problem in [AttentionProblem(1, 1, 1, 1, 1, head_dim, causal=causal)]
-        for tile in (TILES[head_dim], *([_THREE] if head_dim == 64 else []))
+        jit.Source(_SOURCE, defines(AttentionProblem(1, 1, 1, 1, 1, head_dim, causal=causal), tile))
+        for head_dim, causal, tile in tiles
     ]
 
 
@@ -286,12 +294,19 @@ def _chosen(problem: AttentionProblem, q: torch.Tensor) -> Tile:
     return choose_tile(problem, _multiprocessors(q.get_device()))
 
 
-def _section(problem: AttentionProblem, tile: Tile) -> int:
-    """Query heads whose tiles are mixed, longest first: as many as fit L2, where tiles differ in length."""
+def _section(problem: AttentionProblem) -> int:
+    """Query heads whose tiles are mixed, longest first, as many in each section.
+
+    Their keys and values fit in L2. Where rows are short, memory is what limits: with fewer heads at a time
+    it is read all along.
+    """
     if not problem.masked:
         return problem.group
-    key_heads = (tile.section_mib << 20) // (4 * problem.head_dim * max(1, problem.kv_len))
-    return min(problem.batch * problem.q_heads, problem.group * max(1, key_heads))
+    short = problem.kv_len <= 1024 and problem.head_dim <= 128
+    room = (8 << 20 if short else 32 << 20) // (4 * problem.head_dim * max(1, problem.kv_len))
+    key_heads = problem.batch * problem.kv_heads
+    sections = -(-key_heads // max(1, room))
+    return problem.group * -(-key_heads // sections)
 
 
 @cache

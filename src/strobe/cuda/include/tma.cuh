@@ -12,6 +12,13 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// True for one lane of a converged warp: ptxas knows that, and does not look for others to copy for.
+__device__ __forceinline__ bool elect_lane() {
+  u32 elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+}
+
 // Copy the box whose first element has these coordinates (innermost first). `full` is told of its bytes;
 // elements outside the tensor arrive as zeros and count too.
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2, int c3,

@@ -8,6 +8,7 @@ struct alignas(64) TensorMap {
 };
 
 inline void prefetch(const TensorMap&) {}
+inline bool elect_lane() { return threadIdx.x % 32 == 0; }
 
 inline void tma_load(void* shared, const TensorMap& map, Barrier& full, int c0, int c1, int c2, int c3, int c4,
                      Where where = Where::current()) {
