@@ -43,7 +43,7 @@ def refusals(problem: AttentionProblem) -> list[str]:
 def run(problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
     for head in numpy_heads(problem, q, k, v):
         mask = visible(problem, len(head.q), len(head.k)) if problem.masked else None
-        result = attend(head.q, head.k, head.v, problem.scale or 1.0, mask)
+        result = attend(head.q, head.k, head.v, problem.scale, mask)
         head.write(out, lse, result.out, result.lse)
 
 
