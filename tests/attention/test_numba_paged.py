@@ -18,6 +18,7 @@ from strobe.attention import oracle
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.decode import numba_paged
 from strobe.attention.problem import Paged
+from strobe.errors import ProblemError
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 200)), min_size=1, max_size=6)
 
@@ -98,6 +99,26 @@ def test_a_row_has_the_bits_that_it_has_alone():
         own = Paged(layout.page_table[row : row + 1], layout.seq_lens[row : row + 1])
         alone = attention(inputs.q[row : row + 1], inputs.k, inputs.v, layout=own, kernel="numba_paged")
         assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("page", [-1, 3, 10**8])
+def test_a_page_or_a_length_from_outside_is_an_error_and_nothing_is_read_there(page):
+    """Written under inference_mode, where the plan of the first call cannot see it."""
+    k, v, q = torch.randn(3, 16, 2, 24), torch.randn(3, 16, 2, 24), torch.randn(2, 1, 4, 24)
+    with torch.inference_mode():
+        table = torch.tensor([[1, 2], [0, 2]], dtype=torch.int32)
+        layout = Paged(page_table=table, seq_lens=torch.tensor([20, 16], dtype=torch.int32))
+        expected = attention(q, k, v, layout=layout, kernel="numba_paged")
+        table[1, 1] = page  # past its row's length: anything may stand there
+        assert torch.equal(attention(q, k, v, layout=layout, kernel="numba_paged"), expected)
+        table[0, 1] = page
+        with pytest.raises(ProblemError, match="pages"):
+            attention(q, k, v, layout=layout, kernel="numba_paged")
+        table[0, 1] = 2
+        for length in (-1, 33, 10**9):
+            layout.seq_lens[0] = length
+            with pytest.raises(ProblemError, match="lengths"):
+                attention(q, k, v, layout=layout, kernel="numba_paged")
 
 
 def test_any_strides():

@@ -14,6 +14,7 @@ pytest.importorskip("numba")
 
 import numba
 import numpy as np
+import torch
 
 from strobe.cpu import jit, kernel, threads
 from strobe.cpu.jit import FASTMATH
@@ -84,7 +85,8 @@ def test_numba_is_loaded_with_the_first_kernel_and_not_before():
 
 @pytest.mark.parametrize("fastmath", [False, FASTMATH])
 def test_exp_is_right_to_two_units_in_the_last_place(fastmath):
-    exp = numba.njit(kernel.exp.py_func, **kernel.exp.targetoptions)  # compiled for this caller
+    options = {name: value for name, value in kernel.exp.targetoptions.items() if name != "nopython"}
+    exp = numba.njit(kernel.exp.py_func, **options)  # compiled for this caller
 
     @numba.njit(fastmath=fastmath)
     def every(x, out):
@@ -104,24 +106,46 @@ def test_exp_is_right_to_two_units_in_the_last_place(fastmath):
     assert np.isnan(out[5])
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 100])
-def test_parts_cover_the_range_once(count):
-    ranges = threads.parts(count, 5)
-    assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
-    assert ranges[-1][1] == count
+@jit.kernel
+def _note(at):
+    """Writes into each part's place which part it is, and says how many there were to do."""
+    _, _, parts, out_at = kernel.longs(at, (4,))
+    out = kernel.longs(out_at, (parts,))
+    while True:
+        part = kernel.take(at)
+        if part >= parts:
+            break
+        out[part] += part + 1
+    kernel.longs(at, (2,))[threads.STATUS] = parts
 
 
-def test_an_error_in_a_thread_is_raised_when_all_are_done():
-    done = []
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_threads_take_each_part_once_and_their_status_is_told(monkeypatch, openmp, count):
+    if not openmp:
+        monkeypatch.setattr(threads, "_team", lambda: None)
+    for parts in (0, 1, 2, 1000):
+        out = np.zeros(parts, np.int64)
+        assert threads.run(_note, (parts, out.ctypes.data), count) == parts
+        assert out.tolist() == list(range(1, parts + 1))
 
-    def call(begin: int, end: int) -> None:
-        if begin == 1:
-            raise ValueError("in part 1")
-        done.append(begin)
 
-    with pytest.raises(ValueError, match="part 1"):
-        threads.run(call, [(0, 1), (1, 2), (2, 3)])
-    assert sorted(done) == [0, 2]
+def test_many_users_threads_may_run_kernels_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    outs = [np.zeros(50, np.int64) for _ in range(100)]
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda out: threads.run(_note, (50, out.ctypes.data), 2), outs))
+    assert all(out.tolist() == list(range(1, 51)) for out in outs)
+
+
+def test_work_is_worth_as_many_threads_as_it_feeds():
+    was = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert [threads.worth(work, 10) for work in (0, 9, 10, 19, 20, 30, 1000)] == [1, 1, 1, 1, 2, 3, 3]
+    finally:
+        torch.set_num_threads(was)
 
 
 def test_the_version_of_the_cache_follows_what_kernels_share():

@@ -7,7 +7,7 @@ runs: numba takes half a second to import, and this module imports none.
         return [*jit.refusals(), ...]
 
     def run(problem, x, projection, out):
-        jit.kernels("strobe.linear.numba_gemv_kernel").multiply(x.data_ptr(), ...)
+        jit.kernels("strobe.linear.numba_tiled_kernel").multiply(x.data_ptr(), ...)
 
 Kernels take addresses and sizes as integers, each of which costs a call some 30 ns where an array view
 of a tensor costs 500. They run without the interpreter's lock.
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from strobe import settings
 
@@ -57,23 +57,48 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     import numba
 
     def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-        start = time.perf_counter()
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FASTMATH}
-        try:
-            with _one_at_a_time, _cache_folder():
-                machine_code = numba.njit(signature, cache=True, **options)(function)
-        except (OSError, RuntimeError) as error:  # a folder that cannot be written, a full disk
-            warnings.warn(
-                f"compiled kernels are kept in memory only: {error} "
-                "(hint: set STROBE_CACHE_DIR to a folder that can be written)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            machine_code = numba.njit(signature, **options)(function)
-        _log.info("%s ready in %.2f s", function.__qualname__, time.perf_counter() - start)
-        return machine_code
+        return _compile(numba.njit, signature, function, nogil=True, fastmath=FASTMATH)
 
     return compile
+
+
+class Kernel(NamedTuple):
+    """A C function of one argument, the address of int64s; `threads` says what stands there and runs it."""
+
+    address: int
+    call: Callable[[int], None]
+    """It, without the interpreter's lock."""
+    code: Any
+    """What keeps it in memory."""
+
+
+def kernel(function: Callable[[int], None]) -> Kernel:
+    """A decorator: a function of an address as machine code that any thread may call."""
+    import numba
+
+    code = _compile(numba.cfunc, "void(intp)", function, fastmath={"contract"})
+    return Kernel(code.address, code.ctypes, code)
+
+
+def _compile(
+    compiler: Callable[..., Any], signature: str, function: Callable[..., Any], **options: Any
+) -> Any:
+    """Machine code of a function, from the cache where it is there."""
+    start = time.perf_counter()
+    options["error_model"] = "numpy"
+    try:
+        with _one_at_a_time, _cache_folder():
+            machine_code = compiler(signature, cache=True, **options)(function)
+    except (OSError, RuntimeError) as error:  # a folder that cannot be written, a full disk
+        warnings.warn(
+            f"compiled kernels are kept in memory only: {error} "
+            "(hint: set STROBE_CACHE_DIR to a folder that can be written)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        machine_code = compiler(signature, **options)(function)
+    _log.info("%s ready in %.2f s", function.__qualname__, time.perf_counter() - start)
+    return machine_code
 
 
 @contextmanager

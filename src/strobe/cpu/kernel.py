@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_FLOAT, _INT16, _INT32, _INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def _pointer(element: Any, kind: Any) -> Any:
@@ -25,7 +25,6 @@ def _pointer(element: Any, kind: Any) -> Any:
 
 
 _float32_pointer = _pointer(types.float32, _FLOAT)
-_uint16_pointer = _pointer(types.uint16, _INT16)
 _int32_pointer = _pointer(types.int32, _INT32)
 _int64_pointer = _pointer(types.int64, _INT64)
 
@@ -34,12 +33,6 @@ _int64_pointer = _pointer(types.int64, _INT64)
 def floats(address, shape):
     """The float32 array of this shape at `address`, contiguous."""
     return numba.carray(_float32_pointer(address), shape)
-
-
-@numba.njit
-def halves(address, shape):
-    """The bfloat16 array of this shape at `address`, contiguous: to numba uint16, which `widened` takes."""
-    return numba.carray(_uint16_pointer(address), shape)
 
 
 @numba.njit
@@ -54,17 +47,21 @@ def longs(address, shape):
     return numba.carray(_int64_pointer(address), shape)
 
 
+@numba.njit
+def address(numbers):
+    """Where an array lies."""
+    return np.intp(numbers.ctypes.data)
+
+
 @intrinsic
-def widened(context: Any, x: Any) -> Any:
-    """A float32, or the bits of a bfloat16, as a float32: its upper half."""
+def take(context: Any, counter: Any) -> Any:
+    """The next of the parts that threads share, counted in the int64 at this address."""
 
     def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if x == types.float32:
-            return arguments[0]
-        bits = builder.shl(builder.zext(arguments[0], _INT32), _INT32(16))
-        return builder.bitcast(bits, _FLOAT)
+        at = builder.inttoptr(arguments[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", at, _INT64(1), "monotonic")
 
-    return types.float32(x), generate
+    return types.int64(types.intp), generate
 
 
 @intrinsic

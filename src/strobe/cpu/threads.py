@@ -1,34 +1,62 @@
-"""Kernels on several cores: Python's own threads, which compiled code runs in without the interpreter's lock.
+"""Kernels on several cores, by the threads that torch runs its own loops on.
 
-numba's thread pools and torch's would wait for one another on the same cores; here a kernel takes as
-many threads as torch is set to.
+A team is handed a kernel in 2 us where a pool of Python's threads takes 25 (two cores): between two loops of
+OpenMP its threads wait awake. A second pool would wait for torch's on the same cores.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from array import array
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from strobe.cpu.jit import Kernel
 
-def parts(count: int, most: int) -> list[tuple[int, int]]:
-    """`[0, count)` in as many even ranges as torch has threads, `most` and one at least."""
-    n = max(1, min(torch.get_num_threads(), most, count))
-    return [(count * i // n, count * (i + 1) // n) for i in range(n)]
+STATUS = 1
+"""Which of its int64s a kernel may say something in; 0 at first. The one before it counts the parts that are
+taken (`kernel.take`), and behind it are the numbers that the kernel is given."""
 
 
-def run(call: Callable[[int, int], object], ranges: list[tuple[int, int]]) -> None:
-    """`call(begin, end)` for every range, the first one by the caller's own thread."""
-    others = [_pool().submit(call, *each) for each in ranges[1:]]
+def run(kernel: Kernel, numbers: Iterable[int], threads: int) -> int:
+    """Call a kernel in so many threads at once, which share its parts. Returns its status.
+
+    As C code does, it reads and writes at the addresses among its numbers.
+    """
+    block = array("q", (0, 0, *numbers))
+    address = block.buffer_info()[0]
+    team = _team()
+    if threads == 1:
+        kernel.call(address)
+    elif team is not None:
+        team(kernel.address, address, threads, 0)
+    else:
+        for done in [_pool().submit(kernel.call, address) for _ in range(threads)]:
+            done.result()
+    return block[STATUS]
+
+
+def worth(work: int, least: int) -> int:
+    """How many threads to take for so much work: as many as torch is set to, each with `least` to do."""
+    return max(1, min(torch.get_num_threads(), work // least))
+
+
+@cache
+def _team() -> Callable[[int, int, int, int], None] | None:
+    """`GOMP_parallel`, by which C compilers begin a parallel region, of the OpenMP that torch is linked to;
+    None where that is of another kind."""
     try:
-        call(*ranges[0])
-    finally:
-        wait(others)  # which write into the caller's memory
-    for future in others:
-        future.result()
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel
 
 
 @cache

@@ -48,12 +48,12 @@ RUNGS = {
         "torch_linear",
         "batch_invariant",
         "torch_onednn",
-        "numba_gemv",
+        "numba_tiled",
     )
 }
 """In teaching order."""
 
-FASTEST_FIRST = ("numba_gemv", "torch_onednn", "torch_linear")
+FASTEST_FIRST = ("numba_tiled", "torch_onednn", "torch_linear")
 """What `kernel="auto"` tries; the last refuses nothing."""
 
 

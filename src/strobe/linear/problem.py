@@ -27,6 +27,8 @@ class LinearProblem:
     """Compute capability times ten (90 for an H100 or H200), 0 without a GPU."""
     input_major: bool = False
     """Whether the weight lies input by input: `weight.t()` is contiguous. Else the weight is."""
+    narrow: bool = False
+    """Whether bfloat16 holds each number of a float32 weight, which is to be kept so beside itself."""
 
     @property
     def columns(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from strobe.cpu import jit
 from strobe.errors import ProblemError
 from strobe.linear import ladder
 from strobe.linear.problem import LinearProblem
@@ -27,6 +28,21 @@ def empty_weight(
     if torch.device(device).type == "cpu":
         return torch.empty(inputs, outputs, device=device, dtype=dtype).t()
     return torch.empty(outputs, inputs, device=device, dtype=dtype)
+
+
+_NARROW_BYTES = 1 << 26
+"""Larger weights are not kept twice: their users count on the memory."""
+
+
+def is_narrow(weight: torch.Tensor) -> bool:
+    """Whether a CPU's float32 weight is to be kept in bfloat16 too, which holds each of its numbers.
+
+    False for tensors of inference_mode: it would not be noticed what is written to them.
+    """
+    kept_once = weight.is_cuda or weight.nbytes > _NARROW_BYTES or weight.is_inference()
+    if kept_once or weight.dtype != torch.float32:
+        return False
+    return torch.equal(weight.bfloat16().float(), weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +143,9 @@ class Projection:
         if weight.is_cuda and not weight.is_contiguous():
             raise ProblemError("weight is not contiguous; supported on a GPU: a contiguous one")
         input_major = weight.t().is_contiguous()
-        around = (self.bias is not None, self.norm is not None, self.swiglu, input_major)
-        return _intern(outputs, inputs, weight.dtype, weight.device, *around)
+        narrow = input_major and not jit.refusals() and is_narrow(weight)
+        around = (self.bias is not None, self.norm is not None, self.swiglu, input_major, narrow)
+        return _intern(weight.shape, weight.dtype, weight.device, *around)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,14 +160,14 @@ class _Kind:
 
 @cache
 def _intern(
-    outputs: int,
-    inputs: int,
+    shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
     bias: bool,
     norm: bool,
     swiglu: bool,
     input_major: bool,
+    narrow: bool,
 ) -> _Kind:
     arch = 0
     if device.type == "cuda":
@@ -158,8 +175,8 @@ def _intern(
         arch = 10 * major + minor
     problem = LinearProblem(
         tokens=0,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=shape[1],
+        outputs=shape[0],
         dtype=str(dtype).removeprefix("torch."),
         bias=bias,
         norm=norm,
@@ -167,6 +184,7 @@ def _intern(
         device=device.type,
         arch=arch,
         input_major=input_major,
+        narrow=narrow,
     )
     return _Kind(problem, dtype, device)
 

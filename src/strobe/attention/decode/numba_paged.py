@@ -6,22 +6,19 @@ maximum and sum (docs/math.md, eq. 5). Rows and heads are dealt out to as many t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cpu import jit, threads
+from strobe.errors import ProblemError
 
 IDEA = "keys and values read in their pages by compiled code, once for their group's queries"
 
 _KERNEL = "strobe.attention.decode.numba_paged_kernel"
-_THREAD_FLOATS = 1 << 21
+_THREAD_FLOATS = 1 << 16
 """Floats of keys and values that are worth a thread of their own."""
 
 
@@ -52,51 +49,46 @@ def run(
         lse.copy_(dense_lse)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """`attend` with all that the layers of one forward pass share; `addresses` are of `kept`'s memory."""
+class _Call(NamedTuple):
+    """`attend` with all that the layers of one forward pass share; `address` is of `fixed`."""
 
-    attend: Callable[..., None]
-    addresses: tuple[float, ...]
-    ranges: list[tuple[int, int]]
+    attend: jit.Kernel
+    address: int
+    threads: int
+    fixed: np.ndarray
     kept: tuple[Any, ...]
+    """What `fixed` holds addresses of."""
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
-        given = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        if len(self.ranges) == 1:
-            self.attend(*given, *self.addresses, *self.ranges[0])
-        else:
-            threads.run(partial(self.attend, *given, *self.addresses), self.ranges)
+        lse_at = 0 if lse is None else lse.data_ptr()
+        numbers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at, self.address
+        if threads.run(self.attend, numbers, self.threads):
+            raise ProblemError("the layout's lengths or pages lie outside of q or of the cache")
 
 
 def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Call:
     layout = cast(Paged, problem.layout)
+    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     indices = [layout.page_table, layout.seq_lens, layout.cu_seqlens_q]
-    given = [None if x is None else x.contiguous() for x in indices]
-    given.append(None if problem.sinks is None else problem.sinks.float().contiguous())
-    sizes = np.array(
-        [problem.batch, q.shape[0], problem.q_len, problem.q_heads, problem.kv_heads]
-        + [problem.page_size, layout.page_table.shape[1], *problem.window]
+    kept = [None if x is None else x.contiguous() for x in indices]
+    kept += [None if problem.sinks is None else problem.sinks.float().contiguous()]
+    kept += [torch.tensor([scale, problem.softcap], dtype=torch.float32)]
+    most = threads.worth(2 * problem.head_dim * _pairs(problem), _THREAD_FLOATS)
+    few = problem.batch < 4 * most
+    fixed = np.array(
+        [0 if x is None else x.data_ptr() for x in kept]
+        + [problem.batch, q.shape[:-2].numel(), problem.q_len, problem.q_heads, problem.kv_heads]
+        + [k.shape[0], problem.page_size, layout.page_table.shape[1], *problem.window]
+        + [1 if few else problem.kv_heads]
         + [4 * n for n in (0 if problem.packed_q else q.stride(0), *q.stride()[-3:-1])]
         + [4 * n for n in (*k.stride()[:3], *v.stride()[:3])],
         dtype=np.int64,
     )
-    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
-    tensors = [0 if x is None else x.data_ptr() for x in given]
-    addresses = (*tensors, sizes.ctypes.data, scale, problem.softcap)
-    return _Call(jit.kernels(_KERNEL).kernel(problem.head_dim), addresses, _ranges(problem), (given, sizes))
+    return _Call(jit.kernels(_KERNEL).kernel(problem.head_dim), fixed.ctypes.data, most, fixed, tuple(kept))
 
 
-def _ranges(problem: AttentionProblem) -> list[tuple[int, int]]:
-    """The key heads of all rows, counted row by row, in parts of equal work: one a thread."""
-    lengths, kv_heads = problem.row_lengths(), problem.kv_heads
-    work = [q_len * kv_len * kv_heads for q_len, kv_len in lengths]
-    worth = 2 * problem.head_dim * sum(work) // _THREAD_FLOATS
-    n = min(torch.get_num_threads(), worth)
-    if n <= 1:
-        return [(0, len(work) * kv_heads)]
-    ends = np.cumsum(np.repeat(work, kv_heads))
-    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n) // n).tolist()
-    return [(begin, end) for begin, end in pairwise([0, *cuts, len(ends)]) if begin < end]
+def _pairs(problem: AttentionProblem) -> int:
+    """Of queries' tokens and keys, over the key heads."""
+    return problem.kv_heads * sum(q_len * kv_len for q_len, kv_len in problem.row_lengths())

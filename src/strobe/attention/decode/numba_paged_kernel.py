@@ -2,50 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
 
-from strobe.cpu.jit import FASTMATH, compiled
-from strobe.cpu.kernel import exp, floats, integers, longs
+from strobe.cpu import jit
+from strobe.cpu.jit import FASTMATH
+from strobe.cpu.kernel import address, exp, floats, integers, longs, take
+from strobe.cpu.threads import STATUS
+from strobe.cpu.vector import add_weighted, dot_products
 
-SIZES = (
-    "rows", "tokens", "q_len", "q_heads", "kv_heads", "page_size", "table_width", "left", "right",
-    "q_row", "q_token", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head",
+FIXED = (
+    "page_table", "seq_lens", "cu_seqlens_q", "sinks", "factors",
+    "rows", "tokens", "q_len", "q_heads", "kv_heads", "pages", "page_size", "table_width", "left", "right",
+    "heads_a_part", "q_row", "q_token", "q_head",
+    "k_page", "k_token", "k_head", "v_page", "v_token", "v_head",
 )  # fmt: skip
-"""What `attend` takes as one int64 array: sizes, the window, and strides in bytes."""
+"""What `attend` takes as one int64 array: addresses (0: not there), sizes, the window, strides in bytes."""
+OUTSIDE = 1
+"""The status of a call whose lengths or pages lie outside of what there is: its results are not written."""
 
 _KEYS = 64
-"""Keys of one pass: with their values they stay near while all queries of a row's heads read them."""
+"""Keys of one pass: their scores and values stay near while all heads of a row read them."""
+_NEAR = 16
+"""Keys that all heads' queries read before the next."""
 _ZERO, _NOTHING = np.float32(0.0), np.float32(-np.inf)
 
 
 @numba.njit
-def _find(k_at, v_at, first, pages, sizes):
-    """Where the keys and values from `first` on lie, in bytes from the cache's start."""
-    page_size, k_page, k_token, v_page, v_token = sizes
+def _find(k_at, v_at, first, count, table, pages, paging):
+    """Where `count` keys and values from `first` on lie, in bytes from the cache's start; False where a page
+    is outside of it. Up to a multiple of 16 the last key stands again and again."""
+    page_size, k_page, k_token, v_page, v_token = paging
     slot, offset = first // page_size, first % page_size
-    k_base, v_base = pages[slot] * k_page, pages[slot] * v_page
-    for c in range(k_at.size):
-        k_at[c], v_at[c] = k_base + offset * k_token, v_base + offset * v_token
-        offset += 1
-        if offset == page_size and c + 1 < k_at.size:
-            slot, offset = slot + 1, 0
-            k_base, v_base = pages[slot] * k_page, pages[slot] * v_page
+    c = 0
+    while c < count:
+        page = table[slot]
+        if page < 0 or page >= pages:
+            return False
+        k_base, v_base = page * k_page, page * v_page
+        last = min(page_size, offset + count - c)
+        while offset < last:
+            k_at[c], v_at[c] = k_base + offset * k_token, v_base + offset * v_token
+            offset, c = offset + 1, c + 1
+        slot, offset = slot + 1, 0
+    while c % 16 != 0:
+        k_at[c], c = k_at[count - 1], c + 1
+    return True
 
 
 @numba.njit(fastmath=FASTMATH)
-def _scaled(scores, scale, softcap):
-    """Scores scaled and capped, in place; the largest."""
+def _scaled(scores, count, scale, softcap):
+    """Scores scaled and capped, in place, -inf from the `count`-th on; the largest."""
     highest = _NOTHING
     for c in range(scores.size):
         scores[c] *= scale
     if softcap > 0:
         for c in range(scores.size):
             scores[c] = softcap * np.tanh(scores[c] / softcap)
+    scores[count:] = _NOTHING
     for c in range(scores.size):
         highest = max(highest, scores[c])
     return highest
@@ -77,97 +93,90 @@ def _finish(total, highest, weight, sink, out):
     return top + np.log(weight)
 
 
-@numba.njit(fastmath=FASTMATH, inline="always")
-def _score(q_at, k_at, keys, scores, size):
-    """A query's dot products with the keys, four at a time."""
-    q = floats(q_at, (size,))
-    fours = keys.size // 4 * 4
-    for c in range(0, fours, 4):
-        k0, k1 = floats(k_at + keys[c], (size,)), floats(k_at + keys[c + 1], (size,))
-        k2, k3 = floats(k_at + keys[c + 2], (size,)), floats(k_at + keys[c + 3], (size,))
-        s0 = s1 = s2 = s3 = _ZERO
-        for i in range(size):
-            s0 += q[i] * k0[i]
-            s1 += q[i] * k1[i]
-            s2 += q[i] * k2[i]
-            s3 += q[i] * k3[i]
-        scores[c], scores[c + 1], scores[c + 2], scores[c + 3] = s0, s1, s2, s3
-    for c in range(fours, keys.size):
-        k0, s0 = floats(k_at + keys[c], (size,)), _ZERO
-        for i in range(size):
-            s0 += q[i] * k0[i]
-        scores[c] = s0
-
-
-@numba.njit(fastmath=FASTMATH, inline="always")
-def _add_values(weights, v_at, values, shrink, total, size):
-    """`total * shrink` and the weighted values, four at a time."""
-    for i in range(size):
-        total[i] *= shrink
-    fours = values.size // 4 * 4
-    for c in range(0, fours, 4):
-        v0, v1 = floats(v_at + values[c], (size,)), floats(v_at + values[c + 1], (size,))
-        v2, v3 = floats(v_at + values[c + 2], (size,)), floats(v_at + values[c + 3], (size,))
-        w0, w1, w2, w3 = weights[c], weights[c + 1], weights[c + 2], weights[c + 3]
-        for i in range(size):
-            total[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
-    for c in range(fours, values.size):
-        v0, w0 = floats(v_at + values[c], (size,)), weights[c]
-        for i in range(size):
-            total[i] += w0 * v0[i]
-
-
 @cache
-def kernel(head_dim: int) -> Callable[..., Any]:
-    """`attend` for heads of this size, which its loops are unrolled by."""
+def kernel(head_dim: int) -> jit.Kernel:
+    """`attend` for heads of this size."""
     size = head_dim
 
-    @compiled(
-        "void(intp, intp, intp, intp, intp, intp, intp, intp, intp, intp, float32, float32, intp, intp)"
-    )
-    def attend(
-        q_at, k_at, v_at, out_at, lse_at, table_at, lens_at, starts_at, sinks_at, sizes_at,
-        scale, softcap, begin, end,
-    ):  # fmt: skip
-        """Key heads `[begin, end)` of all rows, counted row by row. An address of 0: what is not there."""
+    @jit.kernel
+    def attend(call_at):
+        """Rows, or where these are few a row's key heads one by one, as they are taken."""
+        _, _, q_at, k_at, v_at, out_at, lse_at, fixed_at = longs(call_at, (8,))
         (
-            rows, tokens, q_len, q_heads, kv_heads, page_size, table_width, left, right,
-            q_row, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head,
-        ) = longs(sizes_at, (18,))  # fmt: skip
-        group = q_heads // kv_heads
+            table_at, lens_at, starts_at, sinks_at, factors_at,
+            rows, tokens, q_len, q_heads, kv_heads, pages, page_size, table_width, left, right,
+            heads_a_part, q_row, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head,
+        ) = longs(fixed_at, (25,))  # fmt: skip
+        group, parts_a_row = q_heads // kv_heads, kv_heads // heads_a_part
+        scale, softcap = floats(factors_at, (2,))
         table, lens = integers(table_at, (rows, table_width)), integers(lens_at, (rows,))
         paging = (page_size, k_page, k_token, v_page, v_token)
-        sums, scores = np.empty((q_heads, size), np.float32), np.empty(_KEYS, np.float32)
-        highest, weight = np.empty(q_heads, np.float32), np.empty(q_heads, np.float32)
-        keys, values = np.empty(_KEYS, np.int64), np.empty(_KEYS, np.int64)
-        unit = begin
-        while unit < end:
-            row, first_head = unit // kv_heads, unit % kv_heads
-            last_head = min(kv_heads, first_head + end - unit)
-            unit += last_head - first_head
+        sums, scores = np.empty((q_heads, size), np.float32), np.empty((q_heads, _KEYS), np.float32)
+        highest, weight, shrink = np.empty((3, q_heads), np.float32)
+        keys, values = np.empty((2, _KEYS), np.int64)
+        sums_at, scores_at, shrink_at = address(sums), address(scores), address(shrink)
+        keys_at, values_at = address(keys), address(values)
+        score_strides, sum_strides = (q_head, 4 * _KEYS), (4 * _KEYS, 4 * size, 4)
+        while True:
+            part = take(call_at)
+            row, first_kv = part // parts_a_row, part % parts_a_row * heads_a_part
+            if row >= rows:
+                return
+            first_head, last_head = first_kv * group, (first_kv + heads_a_part) * group
             kv_len, count, token = lens[row], q_len, row * q_len
             if starts_at != 0:
                 starts = integers(starts_at, (rows + 1,))
                 token, count = starts[row], starts[row + 1] - starts[row]
+            if not (0 <= kv_len <= table_width * page_size and 0 <= token <= token + count <= tokens):
+                longs(call_at, (2,))[STATUS] = OUTSIDE
+                return
             for i in range(count):
                 query = q_at + ((token + i) * q_token if starts_at != 0 else row * q_row + i * q_token)
                 position = kv_len - count + i
                 first = 0 if left < 0 else max(0, position - left)
                 last = kv_len if right < 0 else min(kv_len, position + right + 1)
-                sums[:], weight[:], highest[:] = _ZERO, _ZERO, _NOTHING
+                sums[first_head:last_head] = _ZERO
+                weight[:], highest[:] = _ZERO, _NOTHING
                 for start in range(first, last, _KEYS):
                     n = min(_KEYS, last - start)
-                    k_here, v_here, scored = keys[:n], values[:n], scores[:n]
-                    _find(k_here, v_here, start, table[row], paging)
-                    for head in range(first_head * group, last_head * group):
-                        kv_head = head // group
-                        _score(query + head * q_head, k_at + kv_head * k_head, k_here, scored, size)
-                        top = max(highest[head], _scaled(scored, scale, softcap))
-                        shrink = exp(highest[head] - top)
-                        weight[head] = weight[head] * shrink + _weigh(scored, top)
-                        _add_values(scored, v_at + kv_head * v_head, v_here, shrink, sums[head], size)
+                    if not _find(keys, values, start, n, table[row], pages, paging):
+                        longs(call_at, (2,))[STATUS] = OUTSIDE
+                        return
+                    for c in range(0, n, _NEAR):
+                        near, offsets = min(_NEAR, n - c), keys_at + 8 * c
+                        for kv_head in range(first_kv, first_kv + heads_a_part):
+                            of_keys, head = k_at + kv_head * k_head, kv_head * group
+                            for _ in range(group // 2):
+                                of_query, into = query + head * q_head, scores_at + 4 * (head * _KEYS + c)
+                                dot_products(of_query, of_keys, offsets, near, into, score_strides, size, 2)
+                                head += 2
+                            if group % 2:
+                                of_query, into = query + head * q_head, scores_at + 4 * (head * _KEYS + c)
+                                dot_products(of_query, of_keys, offsets, near, into, score_strides, size, 1)
+                    for head in range(first_head, last_head):
+                        scored = scores[head, : -(-n // 16) * 16]
+                        top = max(highest[head], _scaled(scored, n, scale, softcap))
+                        shrink[head] = exp(highest[head] - top)
+                        weight[head] = weight[head] * shrink[head] + _weigh(scored, top)
                         highest[head] = top
-                for head in range(first_head * group, last_head * group):
+                    for kv_head in range(first_kv, first_kv + heads_a_part):
+                        of_values, head = v_at + kv_head * v_head, kv_head * group
+                        for _ in range(group // 2):
+                            by, into, kept = (
+                                scores_at + 4 * head * _KEYS,
+                                sums_at + 4 * head * size,
+                                shrink_at + 4 * head,
+                            )
+                            add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 2)
+                            head += 2
+                        if group % 2:
+                            by, into, kept = (
+                                scores_at + 4 * head * _KEYS,
+                                sums_at + 4 * head * size,
+                                shrink_at + 4 * head,
+                            )
+                            add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 1)
+                for head in range(first_head, last_head):
                     sink = _NOTHING if sinks_at == 0 else floats(sinks_at, (q_heads,))[head]
                     out = floats(out_at + 4 * ((token + i) * q_heads + head) * size, (size,))
                     lse = _finish(sums[head], highest[head], weight[head], sink, out)
