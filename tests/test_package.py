@@ -56,9 +56,10 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_attention_is_function_and_package(before: str) -> None:
     code = (
         f"{before}import strobe, torch; q = torch.ones(1, 2, 1, 8); "
-        "print(tuple(strobe.attention(q, q, q).shape), strobe.attention.Dense.__name__)"
+        "print(tuple(strobe.attention(q, q, q).shape), strobe.attention.Dense.__name__); "
+        "import inspect; print(*list(inspect.signature(strobe.attention).parameters)[:4])"
     )
-    assert run(code) == "(1, 2, 1, 8) Dense"
+    assert run(code).splitlines() == ["(1, 2, 1, 8) Dense", "q k v causal"]
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,12 @@ def test_other_ranks_scale_and_gqa() -> None:
         scaled_dot_product_attention(q, k, v)
 
 
+def test_any_strides() -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, 9).transpose(-1, -2)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+
+
 def test_a_row_masked_wholly_is_zero() -> None:
     q, k, v = torch.randn(3, 1, 2, 4, 8)
     mask = torch.ones(4, 4, dtype=torch.bool)

@@ -6,6 +6,7 @@ imports torch with its first use. Problems and layouts need none.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any, cast
@@ -28,6 +29,10 @@ class _CallablePackage:
 
         self.attention = attention
         return attention
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.attention)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.attention(*args, **kwargs)

@@ -208,7 +208,7 @@ def _pages(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> tuple[Tensor, Tens
     """
     batch, kv_max = k_cache.shape[:2]
     apart = _tokens_apart(k_cache) if batch > 1 else kv_max
-    if apart < max(kv_max, 1) or (batch > 1 and apart != _tokens_apart(v_cache)):
+    if not kv_max or apart < kv_max or (batch > 1 and apart != _tokens_apart(v_cache)):
         return k_cache, v_cache, rows.to(torch.int32)[:, None]
     page_size = math.gcd(_LARGEST_PAGE, kv_max, apart)
     count = ((batch - 1) * apart + kv_max) // page_size

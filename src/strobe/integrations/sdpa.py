@@ -36,7 +36,7 @@ def scaled_dot_product_attention(
         raise ProblemError(f"dropout_p is {dropout_p}; supported: 0.0", hint="strobe runs inference")
     if is_causal and attn_mask is not None:
         raise ProblemError("is_causal with attn_mask; supported: one of the two")
-    q, k, v = (_four(x) for x in (query, key, value))
+    q, k, v = (_four(x if x.stride(-1) == 1 else x.contiguous()) for x in (query, key, value))
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads != kv_heads and not enable_gqa:
         raise ProblemError(f"{q_heads} query heads, {kv_heads} key heads", hint="pass enable_gqa=True")
