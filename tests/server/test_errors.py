@@ -8,6 +8,8 @@ import socket
 import openai
 import pytest
 
+from strobe.server.config import ServerConfig
+
 from .conftest import LiveServer
 
 CHAT = {"messages": [{"role": "user", "content": "O"}]}
@@ -171,6 +173,31 @@ def test_what_is_no_body(idle: LiveServer) -> None:
         check(client.get("/v1/nothing"), 404, None)
         check(client.get("/v1/completions"), 405, None)
         check(client.delete("/v1/models"), 405, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({}, None),
+        ({"prompt": "O"}, "prompt"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"stop": "a"}, "stop"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+    ids=str,
+)
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(serve, monkeypatch, more, param) -> None:
+    server = serve(ServerConfig())
+    monkeypatch.setattr(server.engine, "tokenizer", None)
+    monkeypatch.setattr(server.service.llm, "_tokenizer", None)
+    body = {"prompt": [5, 6], "max_tokens": 2, "ignore_eos": True, "return_token_ids": True, **more}
+    answer = server.post("/v1/completions", body)
+    if param is None:
+        assert len(answer.json()["choices"][0]["token_ids"]) == 2
+    else:
+        check(answer, 400, param)
+    assert server.engine.stats().steps == (0 if param else 2), "refused before it is run"
 
 
 def test_a_model_that_is_not_served(idle: LiveServer) -> None:

@@ -115,6 +115,8 @@ class Engine:
             )
         if params.max_tokens is not None and params.max_tokens > context:
             raise RequestError(f"max_tokens is {params.max_tokens}; this model's context is {context}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop holds strings, and this model has no tokenizer", hint="stop_token_ids")
         if any(token >= vocab for token, _ in params.biases):
             raise RequestError(f"logit_bias holds a token outside 0 to {vocab - 1}")
         if params.n > self.config.max_num_seqs:

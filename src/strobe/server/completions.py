@@ -156,6 +156,8 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
         raise ApiError(400, "best_of: supported where it is n", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens: 0 needs echo", param="max_tokens")
+    if service.bridge.engine.tokenizer is None:
+        _check_plain(body)
     prompts = await _prompts(service, body)
     grammar = await service.grammar(body)
     max_tokens = 16 if body.max_tokens is None else max(1, body.max_tokens)
@@ -173,6 +175,14 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
     requests = [service.request(prompt, params, stream=streams, api_key=api_key) for prompt in prompts]
     run.begin(service.bridge.submit(requests))
     return EventReply(run.events()) if streams else JsonReply(run.whole())
+
+
+def _check_plain(body: CompletionRequest) -> None:
+    """Raise ApiError for what a model without a tokenizer cannot tell."""
+    for name in ("echo", "logprobs", "response_format", "structured_outputs"):
+        given = getattr(body, name)
+        if given is not None and given is not False:
+            raise ApiError(400, f"{name}: this model has no tokenizer", param=name)
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
