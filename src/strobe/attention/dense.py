@@ -53,7 +53,6 @@ def params(
     lse: torch.Tensor | None,
 ) -> DenseParams:
     """The kernel's parameter for tensors `[batch, length, heads, head_dim]`."""
-    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     return DenseParams(
         q.data_ptr(),
         k.data_ptr(),
@@ -66,7 +65,7 @@ def params(
         problem.q_heads,
         problem.group,
         problem.window[1] == 0,
-        scale * math.log2(math.e),
+        problem.scale * math.log2(math.e),
     )
 
 

@@ -222,7 +222,6 @@ def _params(
     layout = problem.layout
     sequences = problem.batch * problem.kv_heads
     sequence_bytes = 2 * k.element_size() * max(1, problem.kv_len) * problem.head_dim
-    scale = problem.scale or 0.0
     left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
     params = _Params(
         q=q.data_ptr(),
@@ -241,8 +240,8 @@ def _params(
         section=min(sequences, max(1, _l2_bytes(q.get_device()) // 4 // sequence_bytes)),
         left=left,
         right=right,
-        scale_log2=(problem.softcap or scale) * math.log2(math.e),
-        softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
+        scale_log2=(problem.softcap or problem.scale) * math.log2(math.e),
+        softcap_scale=problem.scale / problem.softcap if problem.softcap else 0.0,
     )
     if lse is not None:
         params.lse, params.lse_head_stride = lse.data_ptr(), lse.stride(-2)

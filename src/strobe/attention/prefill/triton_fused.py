@@ -67,7 +67,6 @@ def run(
     sums = (out, out)
     if packed := isinstance(problem.layout, Packed):
         sums = problem.layout.cu_seqlens_q, problem.layout.cu_seqlens_kv
-    scale = problem.scale or 0.0
 
     def grid(config: dict[str, int]) -> tuple[int, int]:
         return -(-problem.q_len // config["Q_TILE"]), problem.batch * problem.q_heads
@@ -86,7 +85,7 @@ def run(
         out.stride(-2),
         0 if packed or lse is None else lse.stride(0),
         0 if lse is None else lse.stride(-2),
-        scale * math.log2(math.e),
+        problem.scale * math.log2(math.e),
         HEAD_DIM=problem.head_dim,
         GROUP=problem.group,
         CAUSAL=problem.window[1] == 0,
