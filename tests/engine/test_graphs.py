@@ -12,8 +12,8 @@ import torch
 from strobe.engine import runner
 from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
-from strobe.engine.graphs import DecodeGraphs, sizes_upto
-from strobe.engine.inputs import inputs_of, padded, table_width
+from strobe.engine.graphs import StepGraphs, decode_sizes
+from strobe.engine.inputs import inputs_of, padded, padded_prompt, table_width
 from strobe.engine.request import Request, Sequence
 from strobe.engine.sampling_params import SamplingParams
 from strobe.engine.scheduler import Chunk, Schedule
@@ -52,12 +52,12 @@ class Recorded:
     ],
 )
 def test_sizes(rows, sizes):
-    assert sizes_upto(rows) == sizes
+    assert decode_sizes(rows) == sizes
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 9, 64, 256, 511, 512, 513, 4096])
 def test_every_number_of_rows_has_the_smallest_size_that_holds_it(most):
-    graphs = DecodeGraphs(most, Recorded())
+    graphs = StepGraphs(decode_sizes(most), Recorded())
     assert list(graphs.sizes) == sorted(set(graphs.sizes))
     for rows in range(1, most + 1):
         size = graphs.size_for(rows)
@@ -68,7 +68,7 @@ def test_every_number_of_rows_has_the_smallest_size_that_holds_it(most):
 
 def test_a_size_runs_eagerly_once_and_is_recorded_once():
     recorder = Recorded()
-    graphs = DecodeGraphs(8, recorder)
+    graphs = StepGraphs(decode_sizes(8), recorder)
     value = torch.zeros(3)
     for step in range(4):
         value.fill_(step)
@@ -86,7 +86,7 @@ def test_what_cannot_be_recorded_runs_eagerly_from_then_on(error, caplog):
             work()
             raise error
 
-    graphs = DecodeGraphs(8, Refusing())
+    graphs = StepGraphs(decode_sizes(8), Refusing())
     assert graphs.run(graphs.size_for(3), 64, lambda: torch.ones(4)).tolist() == [1] * 4
     assert [graphs.size_for(rows) for rows in (1, 3, 8)] == [None] * 3
     (record,) = caplog.records
@@ -97,7 +97,7 @@ def test_what_fails_in_itself_is_not_taken_for_a_refusal():
     def failing():
         raise RuntimeError("not finite")
 
-    graphs = DecodeGraphs(8, Recorded())
+    graphs = StepGraphs(decode_sizes(8), Recorded())
     with pytest.raises(RuntimeError, match="not finite"):
         graphs.run(4, 64, failing)
     assert graphs.size_for(4) == 4
@@ -145,6 +145,24 @@ def test_padding_adds_rows_that_are_nobodys(seed):
     assert plain.logits_at is wide.logits_at is None
 
 
+@pytest.mark.parametrize("computed", [0, 5])
+def test_padding_a_prompt_adds_tokens_of_no_row(computed):
+    page_size, nobody, length = 4, 1000, 23
+    sequence = Sequence(Request("0", tuple(range(1, length + 1)), GREEDY), 0, 0, list(range(1, length + 1)))
+    sequence.pages.pages.extend(range(40, 46))
+    chunk = Chunk(sequence, computed, length)
+    plain = inputs_of(Schedule((chunk,), (sequence,), (0,), ()), page_size, 50)
+    wide, count = padded_prompt(plain, 64, page_size, nobody), length - computed
+    for name, more in (("token_ids", 0), ("positions", 0), ("slots", nobody * page_size)):
+        given, padding = np.split(getattr(wide, name), [count])
+        np.testing.assert_array_equal(given, getattr(plain, name))
+        assert padding.tolist() == [more] * (64 - count)
+    assert wide.cu_seqlens.tolist() == [0, count]
+    assert (wide.logits_at.tolist(), wide.seq_lens.tolist()) == ([count - 1], [length])
+    np.testing.assert_array_equal(wide.page_table[:, :6], plain.page_table)
+    assert (wide.max_q_len, wide.page_table.shape) == (64, (1, table_width(6)))
+
+
 def test_few_widths():
     assert {table_width(pages) for pages in range(1, 8193)} == {64, 256, 1024, 4096, 16384}
     assert all(table_width(pages) >= pages for pages in range(1, 5000))
@@ -172,7 +190,9 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(checkpoint, monkeypatch):
         engine.scheduler.check()
         answers.append([request.output().token_ids for request in requests])
     assert answers[0] == answers[1]
-    assert recorder.recorded == engine.runner.graphs.captured
+    prompts_alone = engine.runner.prompt_graphs.captured
+    assert prompts_alone == 1
+    assert recorder.recorded == engine.runner.graphs.captured + prompts_alone
     assert recorder.replayed > 10
 
 

@@ -1,6 +1,6 @@
-"""Decode steps as CUDA graphs: one launch in place of some hundred.
+"""Decode steps and short prompts as CUDA graphs: one launch in place of some hundred.
 
-A graph reads and writes fixed addresses, for a fixed number of rows. So a step is padded to one of a few
+A graph reads and writes fixed addresses, for a fixed number of tokens. So a step is padded to one of a few
 sizes, its arrays are sent to the places where the graph was captured to find them (`transfer.Staging`
 never moves them), and its logits are read from where the graph leaves them. A size runs eagerly the first
 time, which compiles and loads what it needs, and is captured while the device runs that: no request waits
@@ -23,7 +23,8 @@ from strobe.errors import DeviceError
 _log = logging.getLogger(__name__)
 
 LARGEST = 512
-"""Rows of the largest graph. From there on a step takes so long that its launches hide behind it."""
+"""Rows, or tokens of a prompt, of the largest graph. From there on a step takes so long that its launches
+hide behind it."""
 
 Work = Callable[[], torch.Tensor]
 
@@ -78,7 +79,11 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
-def sizes_upto(rows: int) -> tuple[int, ...]:
+PROMPT_SIZES = tuple(range(64, LARGEST + 1, 64))
+"""Tokens of the graphs that run a prompt alone."""
+
+
+def decode_sizes(rows: int) -> tuple[int, ...]:
     """Rows of the graphs of an engine that runs up to `rows` sequences: 1, 2, 4, then multiples of 8, and of
     16 from 256 on."""
     largest = min(rows, LARGEST)
@@ -86,11 +91,11 @@ def sizes_upto(rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < largest), largest)
 
 
-class DecodeGraphs:
-    """Graphs by number of rows and width of the page table."""
+class StepGraphs:
+    """Graphs by size, one of `sizes`, ascending, and width of the page table."""
 
-    def __init__(self, max_rows: int, recorder: Recorder) -> None:
-        self.sizes = sizes_upto(max_rows)
+    def __init__(self, sizes: tuple[int, ...], recorder: Recorder) -> None:
+        self.sizes = sizes
         self._recorder = recorder
         self._graphs: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], None]]] = {}
 
@@ -98,9 +103,9 @@ class DecodeGraphs:
     def captured(self) -> int:
         return len(self._graphs)
 
-    def size_for(self, rows: int) -> int | None:
-        """The rows of the smallest graph that holds so many; None where none does."""
-        at = bisect_left(self.sizes, rows)
+    def size_for(self, count: int) -> int | None:
+        """The size of the smallest graph that holds so many; None where none does."""
+        at = bisect_left(self.sizes, count)
         return self.sizes[at] if at < len(self.sizes) else None
 
     def run(self, size: int, width: int, work: Work) -> torch.Tensor:

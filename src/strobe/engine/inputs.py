@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,29 +82,46 @@ def padded(inputs: StepInputs, rows: int, page_size: int, first_word: int, nobod
     A row that pads is a sequence of one token in page `nobody`, which no sequence owns: all of them write the
     same key there, and read it.
     """
-    count, longest = inputs.page_table.shape
-    width, more = table_width(longest), rows - count
-    table = np.zeros((rows, width), dtype=np.int32)
-    table[:count, :longest] = inputs.page_table
+    count = len(inputs.page_table)
+    table = _widened(inputs.page_table, rows)
     table[count:, 0] = nobody
     picks = inputs.picks if inputs.picks is not None else first_word + np.arange(count)
-
-    def filled(array: np.ndarray, value: int) -> np.ndarray:
-        return np.concatenate([array, np.full(more, value, dtype=array.dtype)])
-
-    return StepInputs(
-        token_ids=filled(inputs.token_ids, 0),
-        positions=filled(inputs.positions, 0),
-        slots=filled(inputs.slots, nobody * page_size),
-        logits_at=None,
+    return replace(
+        inputs,
+        token_ids=_filled(inputs.token_ids, rows, 0),
+        positions=_filled(inputs.positions, rows, 0),
+        slots=_filled(inputs.slots, rows, nobody * page_size),
         page_table=table,
-        seq_lens=filled(inputs.seq_lens, 1),
-        cu_seqlens=None,
+        seq_lens=_filled(inputs.seq_lens, rows, 1),
         picks=np.concatenate([picks, first_word + np.arange(count, rows)]),
-        copies=inputs.copies,
-        max_q_len=1,
-        max_kv_len=width * page_size,
+        max_kv_len=table.shape[1] * page_size,
     )
+
+
+def padded_prompt(inputs: StepInputs, tokens: int, page_size: int, nobody: int) -> StepInputs:
+    """Inputs of one row with more tokens, `tokens` in all: they belong to no row, and go to page `nobody`."""
+    table = _widened(inputs.page_table, 1)
+    return replace(
+        inputs,
+        token_ids=_filled(inputs.token_ids, tokens, 0),
+        positions=_filled(inputs.positions, tokens, 0),
+        slots=_filled(inputs.slots, tokens, nobody * page_size),
+        page_table=table,
+        cu_seqlens=np.array([0, len(inputs.token_ids)], dtype=np.int32),
+        max_q_len=tokens,
+        max_kv_len=table.shape[1] * page_size,
+    )
+
+
+def _widened(table: np.ndarray, rows: int) -> np.ndarray:
+    count, longest = table.shape
+    wide = np.zeros((rows, table_width(longest)), dtype=np.int32)
+    wide[:count, :longest] = table
+    return wide
+
+
+def _filled(array: np.ndarray, size: int, value: int) -> np.ndarray:
+    return np.concatenate([array, np.full(size - len(array), value, dtype=array.dtype)])
 
 
 def _token_ids(chunks: Sequence[Chunk]) -> np.ndarray:

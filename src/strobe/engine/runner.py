@@ -10,8 +10,8 @@ import torch
 from strobe.attention.problem import Paged
 from strobe.engine.config import EngineConfig
 from strobe.engine.deterministic import decode_kernels
-from strobe.engine.graphs import DecodeGraphs, recorder_for
-from strobe.engine.inputs import StepInputs, inputs_of, padded, table_width
+from strobe.engine.graphs import PROMPT_SIZES, StepGraphs, decode_sizes, recorder_for
+from strobe.engine.inputs import StepInputs, inputs_of, padded, padded_prompt, table_width
 from strobe.engine.scheduler import Schedule
 from strobe.engine.transfer import Staging, in_place, nbytes
 from strobe.models.batch import Batch, KvTensors
@@ -37,7 +37,9 @@ class Runner:
             model.device, head=config.max_num_seqs, capacity=_capacity(config, max_model_len)
         )
         recorder = recorder_for(model.device) if config.graphs else None
-        self.graphs = DecodeGraphs(config.max_num_seqs, recorder) if recorder else None
+        self.graphs = StepGraphs(decode_sizes(config.max_num_seqs), recorder) if recorder else None
+        prompts = tuple(size for size in PROMPT_SIZES if size <= config.step_tokens)
+        self.prompt_graphs = StepGraphs(prompts, recorder) if recorder else None
         on_cpu = model.device.type == "cpu" and not config.overlap and self.graphs is None
         self._send = in_place if on_cpu else self.staging.send
         self._kernels = config.attention_kernel, config.linear_kernel
@@ -52,15 +54,13 @@ class Runner:
 
         Tokens that the host has not read yet are taken from `drawn`.
         """
-        page_size, first_word = self.config.page_size, self.staging.first_word
-        inputs = inputs_of(schedule, page_size, first_word)
-        decodes, rows = schedule.decodes, len(schedule.sampled)
-        kernels = self._decode_kernels if decodes else self._kernels
-        size = self.graphs.size_for(rows) if self.graphs and decodes else None
-        if self.graphs is not None and size is not None:
-            inputs = padded(inputs, size, page_size, first_word, self._nobody)
+        inputs = inputs_of(schedule, self.config.page_size, self.staging.first_word)
+        kernels = self._decode_kernels if schedule.decodes else self._kernels
+        chosen = self._graphs_for(schedule, inputs)
+        if chosen is not None:
+            graphs, size, inputs = chosen
             batch, width = self._stage(inputs, kernels), inputs.page_table.shape[1]
-            return self.graphs.run(size, width, lambda: self.model(batch()))[:rows]
+            return graphs.run(size, width, lambda: self.model(batch()))[: len(schedule.sampled)]
         batch = self._stage(inputs, kernels)
         with self._threads(schedule.tokens):
             return self.model(batch())
@@ -69,6 +69,25 @@ class Runner:
     def drawn(self) -> torch.Tensor | None:
         """Where a step's tokens go, int64 on the device: rows of the next step go on from them."""
         return self.staging.drawn if self.config.overlap else None
+
+    def _graphs_for(
+        self, schedule: Schedule, inputs: StepInputs
+    ) -> tuple[StepGraphs, int, StepInputs] | None:
+        """The graphs that run such a step, their size, and the inputs padded to it; None: it runs eagerly."""
+        page_size, graphs = self.config.page_size, self.graphs if schedule.decodes else self.prompt_graphs
+        if graphs is None:
+            return None
+        if schedule.decodes:
+            size = graphs.size_for(len(schedule.sampled))
+            if size is None:
+                return None
+            return graphs, size, padded(inputs, size, page_size, self.staging.first_word, self._nobody)
+        alone = len(schedule.chunks) == len(schedule.sampled) == 1 and not schedule.scored
+        size = graphs.size_for(schedule.tokens)
+        # deterministic: the sizes of a prompt's products are its own, recorded or not
+        if not alone or size is None or inputs.picks is not None or self.config.deterministic:
+            return None
+        return graphs, size, padded_prompt(inputs, size, page_size, self._nobody)
 
     def _stage(self, inputs: StepInputs, kernels: tuple[str, str]) -> Callable[[], Batch]:
         """Send a step's arrays. What is returned makes the Batch of what lies in their places when called."""
