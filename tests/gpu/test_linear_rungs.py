@@ -78,7 +78,7 @@ def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize(
     ("inputs", "columns", "around"),
     [  # what stands around: bias, norm, swiglu, residual
@@ -117,7 +117,7 @@ def mlp_chain(dtype: torch.dtype, layers: int = 12) -> list[tuple[Projection, Pr
     ]
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 8, 13])
 def test_a_chain_equals_its_steps(tokens: int) -> None:
     """Kernels that start before those ahead of them have ended read nothing too early."""
     torch.manual_seed(tokens)
@@ -163,8 +163,8 @@ def test_skinny_on_a_second_gpu() -> None:
 
 
 def test_skinny_refuses_by_name() -> None:
-    x, weight = torch.ones(9, 12, device="cuda"), torch.ones(4, 12, device="cuda")
-    with pytest.raises(KernelRefusedError, match=r"float32.*9 tokens; supported: up to 8; inputs 12"):
+    x, weight = torch.ones(17, 12, device="cuda"), torch.ones(4, 12, device="cuda")
+    with pytest.raises(KernelRefusedError, match=r"float32.*17 tokens; supported: up to 16; inputs 12"):
         Projection(weight)(x, kernel="cuda_skinny")
 
 

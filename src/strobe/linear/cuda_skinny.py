@@ -4,6 +4,9 @@ A packed launch is kept with its projection, so that a call sets two addresses a
 programmatic: weights are asked for while the kernel ahead still runs. So a projection's tensors must not
 be rewritten in place once it has run. What wrote them in the first place is waited for: a projection's
 first launch is an ordinary one.
+
+RMSNorm's factor is applied behind the product: x times the norm's weight is what must be finite, which
+in float16 ends at 65504.
 """
 
 from __future__ import annotations
@@ -21,19 +24,21 @@ from strobe.linear import cuda_call
 from strobe.linear.problem import LinearProblem
 from strobe.linear.projection import Projection
 
-IDEA = "a block an SM, bulk copies ahead of the tensor cores and of the kernel ahead, all around it fused"
+IDEA = "weights to each lane's own ring, ahead of tensor cores and of the kernel ahead; all around it fused"
 
 _SOURCE = Path(__file__).with_suffix(".cu")
-_TOKENS_MAX = 8
+_TOKENS_MAX = 16
 _DTYPES = ("bfloat16", "float16")
-_MOST_STAGES, _MOST_SLOTS = 16, 4  # of cuda_skinny.cu
-_STATIC_BYTES = 1024  # its barriers and sums of squares, rounded up
+_WARPS, _ROWS, _STEPS = 8, 8, 2  # of cuda_skinny.cu
+_STAGES_MAX = 8
+_BLOCK_RESERVES = 1024
+"""Bytes of an SM's shared memory that each block takes besides its own."""
 
 
 def refusals(problem: LinearProblem) -> list[str]:
     reasons = []
-    if problem.device != "cuda" or problem.arch < 90:
-        reasons.append("needs an NVIDIA GPU with bulk copies (compute capability 9.0 and up)")
+    if problem.device != "cuda" or problem.arch < 80:
+        reasons.append("needs an NVIDIA GPU with asynchronous copies (compute capability 8.0 and up)")
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
     if problem.tokens > _TOKENS_MAX:
@@ -45,61 +50,65 @@ def refusals(problem: LinearProblem) -> list[str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is built and launched.
+    """How the kernel is built and launched: `blocks` of `each` results a token, in `tiles` of 8 rows of
+    the weight, each warp's ring of `stages`."""
 
-    A stage of the weights' ring is 16 rows of `chunk` columns, each row `pad` bytes longer. `warps` share
-    its columns, `fetchers` its copies, and `tiles` of 16 rows go through one reading of x. `ahead` stages
-    behind the ring are brought into L2 at the start. The kernel behind may start when `trigger` stages
-    are left, None: as many as the ring has. `blocks` share an SM with as many of the next kernel's.
-    """
+    tokens: int
+    """A power of two, at least as many as there are."""
+    tiles: int
+    each: int
+    blocks: int
+    stages: int
+    shared_bytes: int
 
-    chunk: int = 512
-    warps: int = 4
-    fetchers: int = 2
-    tiles: int = 4
-    pad: int = 64
-    ahead: int = 0
-    trigger: int | None = None
-    blocks: int = 1
-
-    @property
-    def pitch(self) -> int:
-        return 2 * self.chunk + self.pad
-
-    @property
-    def threads(self) -> int:
-        return 32 * (self.warps + self.fetchers + 1)
-
-    def defines(self, dtype: str, swiglu: bool) -> dict[str, jit.Define]:
+    def defines(self, problem: LinearProblem) -> dict[str, jit.Define]:
         return {
-            "scalar_t": cuda_call.SCALAR[dtype],
-            "SWIGLU": swiglu,
-            "CHUNK": self.chunk,
-            "WARPS": self.warps,
-            "FETCHERS": self.fetchers,
+            "scalar_t": cuda_call.SCALAR[problem.dtype],
+            "SWIGLU": problem.swiglu,
+            "NORM": problem.norm,
+            "TOKENS": self.tokens,
             "TILES": self.tiles,
-            "PAD": self.pad,
+            "DEPTH": self.stages,
         }
 
-    def rings(self, tokens: int, norm: bool, shared_bytes: int) -> tuple[int, int, int]:
-        """Stages of the weights' ring, slots of x's, and the dynamic shared memory of a block in bytes.
 
-        Twice as many blocks as run at a time fit an SM, so that the next kernel's are there early; where
-        that leaves fewer than 3 stages, as many as run.
-        """
-        sums = 4 * self.warps * tokens * (16 * self.tiles + 4)
-        slot = (tokens + norm) * self.pitch
-        slots = _MOST_SLOTS if slot <= 4096 else 2
-        stages, room = 0, 0
-        for resident in (2 * self.blocks, self.blocks):
-            room = (shared_bytes + 1024) // resident - 1024 - _STATIC_BYTES  # each block costs 1 KiB more
-            stages = min(_MOST_STAGES, (room - sums - slots * slot) // (16 * self.pitch))
-            if stages >= 3:
-                break
-        return stages, slots, stages * 16 * self.pitch + slots * slot + sums
+def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Shape:
+    """For a device of `sm_count` SMs whose blocks may have `shared_bytes`.
+
+    Blocks are equal, a whole number of rounds of one an SM, each of up to `most` tiles: larger ones read
+    x less often, smaller ones leave a shorter tail.
+    """
+    tokens = 1 << (problem.tokens - 1).bit_length()
+    rows = _ROWS // 2 if problem.swiglu else _ROWS  # of results in a tile
+    tiles = -(-problem.columns // rows)
+    room = _room(problem, shared_bytes) - 4 * _WARPS * tokens  # behind the sums of squares
+    for most in (8, 5, 4, 3, 2, 1) if tokens > 8 else (5, 4, 3, 2, 1):
+        rounds = -(-tiles // (most * sm_count))
+        each = -(-problem.columns // (rounds * sm_count))
+        held = -(-each // rows)
+        stage = 16 * _STEPS * (32 * held + 4 * tokens + 4 * problem.norm)
+        stages = min(_STAGES_MAX, room // (_WARPS * stage))
+        if stages >= 2:
+            break
+    sums = 4 * _WARPS * problem.tokens * (_ROWS * held + 4)
+    taken = max(_WARPS * stages * stage, sums)
+    if problem.residual:
+        taken = max(taken, room)
+    return Shape(tokens, held, each, -(-problem.columns // each), stages, taken)
 
 
-_SHAPE = Shape()
+def _room(problem: LinearProblem, shared_bytes: int) -> int:
+    """Bytes for a block, so that the next kernel's fits beside it.
+
+    Those that add to a residual follow attention, which leaves an SM no room: what SM is free first would
+    get two of them, another none. They take more than half of it, the others the rest. With more than
+    eight tokens rings come first.
+    """
+    all_of_it = shared_bytes + _BLOCK_RESERVES
+    if problem.tokens > 8:
+        return shared_bytes
+    more_than_half = all_of_it // 2 + 2 * _BLOCK_RESERVES
+    return (more_than_half if problem.residual else all_of_it - more_than_half) - _BLOCK_RESERVES
 
 
 class _Params(ctypes.Structure):
@@ -107,8 +116,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "norm", "out")),
-        *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "each", "more", "residual")),
-        *((name, ctypes.c_int) for name in ("stages", "slots", "ahead", "trigger")),
+        *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "each", "residual")),
         ("norm_eps", ctypes.c_float),
     ]
 
@@ -119,21 +127,15 @@ class Packed:
     Args:
         problem: one that is not refused.
         projection: its tensors are read where they are now.
-        shape: how the kernel is built.
         programmatic: may start before the kernel ahead of it in the stream ends.
     """
 
-    def __init__(
-        self, problem: LinearProblem, projection: Projection, shape: Shape, *, programmatic: bool
-    ) -> None:
+    def __init__(self, problem: LinearProblem, projection: Projection, *, programmatic: bool) -> None:
         weight = _on_16_bytes(projection.weight)
         norm = _on_16_bytes(projection.norm) if problem.norm and projection.norm is not None else None
         self._constants = weight, norm
         device = gpu(weight.get_device())
-        stages, slots, shared_bytes = shape.rings(
-            problem.tokens, problem.norm, device.shared_memory_per_block
-        )
-        blocks = min(problem.columns, shape.blocks * device.sm_count)
+        shape = choose_shape(problem, device.sm_count, device.shared_memory_per_block)
         self._params = _Params(
             weight=weight.data_ptr(),
             bias=None if projection.bias is None else projection.bias.data_ptr(),
@@ -141,22 +143,17 @@ class Packed:
             tokens=problem.tokens,
             inputs=problem.inputs,
             outputs=problem.outputs,
-            each=problem.columns // blocks,
-            more=problem.columns % blocks,
+            each=shape.each,
             residual=problem.residual,
-            stages=stages,
-            slots=slots,
-            ahead=shape.ahead,
-            trigger=stages if shape.trigger is None else shape.trigger,
             norm_eps=projection.norm_eps,
         )
-        kernel = jit.kernel(_SOURCE, "project", shape.defines(problem.dtype, problem.swiglu), device.index)
+        kernel = jit.kernel(_SOURCE, "project", shape.defines(problem), device.index)
         kernel.prefer_shared_memory()  # else there may be no room for the next kernel's blocks
         self._launch = kernel.prepare(
-            blocks,
-            shape.threads,
+            shape.blocks,
+            32 * _WARPS,
             self._params,
-            shared_bytes=shared_bytes,
+            shared_bytes=shape.shared_bytes,
             programmatic=programmatic,
         )
         self._lock = threading.Lock()  # between setting the addresses and launching
@@ -178,17 +175,25 @@ def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: to
     if packed is not None:
         packed(x, out)
         return
+    overlaps = problem.arch >= 90
     capturing = torch.cuda.is_current_stream_capturing()
-    Packed(problem, projection, _SHAPE, programmatic=capturing)(x, out)
-    projection.scratch[key] = Packed(problem, projection, _SHAPE, programmatic=True)
+    Packed(problem, projection, programmatic=capturing and overlaps)(x, out)
+    projection.scratch[key] = Packed(problem, projection, programmatic=overlaps)
 
 
 def sources(arch: str) -> list[jit.Source]:
-    if int("".join(digit for digit in arch if digit.isdigit())) < 90:
+    """The projections of Llama-3-8B at one token, as an H200 runs them."""
+    number = int("".join(digit for digit in arch if digit.isdigit()))
+    if number < 80:
         return []
-    return [
-        jit.Source(_SOURCE, _SHAPE.defines(dtype, swiglu)) for dtype in _DTYPES for swiglu in (False, True)
-    ]
+    examples = ((6144, "norm"), (4096, "residual"), (28672, "norm swiglu"), (128256, "norm"))
+    found = []
+    for dtype in _DTYPES:
+        for outputs, around in examples:
+            fused = dict.fromkeys(around.split(), True)
+            problem = LinearProblem(1, 4096, outputs, dtype, device="cuda", arch=number, **fused)
+            found.append(jit.Source(_SOURCE, choose_shape(problem, 132, 227 * 1024).defines(problem)))
+    return found
 
 
 def _on_16_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ RUNGS = {
 }
 """In teaching order."""
 
-FASTEST_FIRST = ("numba_tiled", "torch_onednn", "torch_linear")
+FASTEST_FIRST = ("numba_tiled", "torch_onednn", "cuda_skinny", "torch_linear")
 """What `kernel="auto"` tries; the last refuses nothing."""
 
 

@@ -10,8 +10,3 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, u32 
                "l"(global), "r"(bytes), "r"(full.address())
                : "memory");
 }
-
-// Ask for `bytes`, a multiple of 16, to be brought into the L2 cache.
-__device__ __forceinline__ void prefetch_bulk(const void* global, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}

@@ -29,6 +29,19 @@ __device__ __forceinline__ unsigned bf16_pair(float low, float high) {
   return y;
 }
 
+// --- products of pairs, each rounded once -------------------------------------------------------------
+
+__device__ __forceinline__ unsigned f16_product(unsigned a, unsigned b) {
+  unsigned y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ unsigned bf16_product(unsigned a, unsigned b) {
+  unsigned y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));  // - 0; sm_80 has no mul
+  return y;
+}
+
 // --- pairs of e4m3 (sm_89 and up) ------------------------------------------------------------------
 
 // Round to nearest even; beyond the largest finite number (448) to that number.

@@ -49,6 +49,10 @@ template <> __device__ __forceinline__ float2 unpack<bf16>(u32 pair) {
   return make_float2(__int_as_float(pair << 16), __int_as_float(pair & 0xffff0000u));
 }
 
+template <class T> __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b);
+template <> __device__ __forceinline__ u32 multiply_pairs<f16>(u32 a, u32 b) { return f16_product(a, b); }
+template <> __device__ __forceinline__ u32 multiply_pairs<bf16>(u32 a, u32 b) { return bf16_product(a, b); }
+
 // --- 16 bytes at a time: VEC<T> elements, as floats ------------------------------------------------
 
 template <class T> constexpr int VEC = 16 / sizeof(T);

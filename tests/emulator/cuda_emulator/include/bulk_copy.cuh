@@ -6,4 +6,3 @@
 inline void bulk_copy(void* shared, const void* global, u32 bytes, Barrier& full, Where where = Where::current()) {
   emulator::bulk_copy(shared, global, bytes, full.word(), where);
 }
-inline void prefetch_bulk(const void* global, u32 bytes) { (void)global, (void)bytes; }

@@ -21,6 +21,14 @@ inline unsigned short bf16_bits(float x) {
 inline unsigned f16_pair(float low, float high) { return f16_bits(low) | unsigned(f16_bits(high)) << 16; }
 inline unsigned bf16_pair(float low, float high) { return bf16_bits(low) | unsigned(bf16_bits(high)) << 16; }
 
+inline unsigned f16_product(unsigned a, unsigned b) {
+  return f16_pair(f16_value(a) * f16_value(b), f16_value(a >> 16) * f16_value(b >> 16));
+}
+inline unsigned bf16_product(unsigned a, unsigned b) {
+  const auto value = [](unsigned high) { return __uint_as_float(high & 0xffff0000u); };
+  return bf16_pair(value(a << 16) * value(b << 16), value(a) * value(b));
+}
+
 inline float e4m3_value(unsigned char bits) {
   const int exponent = bits >> 3 & 15, fraction = bits & 7;
   const float sign = bits & 0x80 ? -1.f : 1.f;
