@@ -91,6 +91,14 @@ def test_module_learns_like_torch() -> None:
     torch.testing.assert_close(ours.in_proj_weight.grad, theirs.in_proj_weight.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["textbook", "numpy_tiled"])
+def test_module_runs_by_numpy_where_torch_would_record_gradients(kernel: str) -> None:
+    module, x = MultiHeadAttention(16, 2, kernel=kernel), torch.randn(2, 5, 16)
+    given = module(x)
+    module.kernel = "torch_naive"
+    torch.testing.assert_close(given, module(x), atol=1e-5, rtol=0)
+
+
 def test_module_refuses_heads_that_do_not_divide() -> None:
     with pytest.raises(ProblemError, match="embed_dim 10 is not a multiple of num_heads 3"):
         MultiHeadAttention(10, 3)

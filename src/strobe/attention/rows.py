@@ -101,7 +101,7 @@ def numpy_heads(
 ) -> Iterator[Head]:
     """Every query head of every row, in order."""
     for row in rows_of(problem, q, k, v):
-        row_q, row_k, row_v = (tensor.float().numpy() for tensor in (row.q, row.k, row.v))
+        row_q, row_k, row_v = (tensor.detach().float().numpy() for tensor in (row.q, row.k, row.v))
         for index in range(problem.q_heads):
             kv_head = index // problem.group
             yield Head(row, index, row_q[:, index], row_k[:, kv_head], row_v[:, kv_head])
