@@ -2,7 +2,7 @@
 
 Every stage computes one head exactly (docs/math.md, equation 5; Dao et al. 2022, arXiv 2205.14135,
 Algorithm 1, with the division moved to the end). Each goes one step closer to a kernel, and counts
-the bytes that it allocates:
+the bytes of the arrays that it asks for (what NumPy makes and frees within an expression is not among them):
 
 1. `tiles`               loops over tiles of queries and keys; NumPy works on whole tiles.
 2. `blocks_and_threads`  a block owns a tile of queries, a thread one query; K and V tiles are staged.
