@@ -1,0 +1,73 @@
+"""Other people's signatures on a GPU, against the same calls on a CPU, and torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from strobe.integrations import flash_attn as fa
+from strobe.integrations.sdpa import redirect, scaled_dot_product_attention
+
+pytestmark = pytest.mark.gpu
+
+
+def close(given: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(given.float().cpu(), expected.float().cpu(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_cache_is_appended_to_and_read(q_len: int, paged: bool) -> None:
+    lengths = torch.tensor([70, 0, 130], dtype=torch.int32)
+    shape = (40, 16, 2, 128) if paged else (5, 192, 2, 128)
+    caches = torch.randn(2, *shape).bfloat16()
+    where = {"cache_batch_idx": torch.tensor([3, 0, 1], dtype=torch.int32)}
+    if paged:
+        where = {"block_table": torch.randperm(40)[:36].view(3, 12).int()}
+    q, k, v = torch.randn(3, q_len, 8, 128), *torch.randn(2, 3, q_len, 2, 128)
+    angles = torch.randn(200, 32)
+    outs, written = [], []
+    for device in ("cpu", "cuda"):
+        k_cache, v_cache = caches.clone().to(device)
+        new = [x.bfloat16().to(device) for x in (q, k, v)]
+        on = {name: index.to(device) for name, index in where.items()}
+        outs.append(
+            fa.flash_attn_with_kvcache(
+                new[0], k_cache, v_cache, *new[1:], angles.cos().to(device), angles.sin().to(device),
+                cache_seqlens=lengths.to(device), causal=True, **on,
+            )
+        )  # fmt: skip
+        written.append((k_cache, v_cache))
+    close(outs[1], outs[0])
+    for cpu, gpu in zip(*written, strict=True):
+        close(gpu, cpu)
+
+
+def test_varlen_with_a_block_table() -> None:
+    q, (k, v) = torch.randn(41, 8, 64).bfloat16(), torch.randn(2, 30, 16, 2, 64).bfloat16()
+    sums = torch.tensor([0, 40, 41], dtype=torch.int32), torch.tensor([0, 100, 177], dtype=torch.int32)
+    table = torch.randperm(30)[:14].view(2, 7).int()
+    outs = [
+        fa.flash_attn_varlen_func(
+            *(x.to(device) for x in (q, k, v, *sums)), 40, 100, causal=True, block_table=table.to(device)
+        )
+        for device in ("cpu", "cuda")
+    ]
+    close(outs[1], outs[0])
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "additive"])
+def test_torchs_attention(mask: str) -> None:
+    q = torch.randn(2, 8, 70, 128, device="cuda").bfloat16()
+    k, v = torch.randn(2, 2, 2, 90, 128, device="cuda").bfloat16()
+    given: dict[str, object] = {"enable_gqa": True, "is_causal": mask == "causal"}
+    if mask == "bool":
+        given["attn_mask"] = torch.rand(70, 90, device="cuda") < 0.7
+    if mask == "additive":
+        given["attn_mask"] = torch.randn(2, 1, 70, 90, device="cuda").bfloat16()
+    expected = F.scaled_dot_product_attention(q, k, v, **given)
+    close(scaled_dot_product_attention(q, k, v, **given), expected)
+    with redirect() as mode:
+        close(F.scaled_dot_product_attention(q, k, v, **given), expected)
+    assert (mode.taken, mode.passed_on) == (1, 0)
