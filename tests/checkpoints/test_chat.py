@@ -63,7 +63,19 @@ def backend() -> tokenizers.Tokenizer:
     return found
 
 
-@pytest.mark.parametrize("template", [LLAMA, THINKING])
+TRAINED = """{% for message in messages %}
+{% if message.role == 'assistant' %}
+{% generation %}
+  {{ message.content }}{{ eos_token }}
+{% endgeneration %}
+{% else %}
+{{ message.content }}
+{% endif %}
+{% endfor %}
+"""
+
+
+@pytest.mark.parametrize("template", [LLAMA, THINKING, TRAINED])
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[:2]])
@@ -174,12 +186,14 @@ def test_broken_templates_name_their_file(source):
         ChatTemplate(source, Path("somewhere.jinja")).render([], {"x": 1})
 
 
-def test_named_templates_take_the_default():
+def test_of_named_templates_tools_have_their_own():
     settings = {
         "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     }
     found = ChatTemplate.find(settings, Path("tokenizer_config.json"), None)
     assert found is not None
-    assert found.render([], {}) == "d"
+    assert [found.render([], given) for given in ({}, {"tools": None}, {"tools": TOOLS})] == ["d", "d", "t"]
+    del settings["chat_template"][0]
+    assert ChatTemplate.find(settings, Path("x"), None).render([], {"tools": TOOLS}) == "d"
     with pytest.raises(TokenizerError, match="tokenizer_config"):
         ChatTemplate.find({"chat_template": 5}, Path("tokenizer_config.json"), None)

@@ -24,7 +24,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -52,37 +53,42 @@ _WIDTH = re.compile(r"\d{4,}|\*|\{[^}]*:[^}]*\{")
 
 
 class ChatTemplate:
-    """A checkpoint's template; `where` names its file in messages."""
+    """A checkpoint's template, and the one that it has for conversations with tools, where that is another.
 
-    def __init__(self, source: str, where: Path | str = "chat template") -> None:
-        if len(source) > TEMPLATE_LIMIT:
-            raise TokenizerError(f"{where}: the chat template is longer than {TEMPLATE_LIMIT:,} characters")
+    `where` names their file in messages.
+    """
+
+    def __init__(
+        self, source: str, where: Path | str = "chat template", *, with_tools: str | None = None
+    ) -> None:
         self.source = source
         self._where = where
-        try:
-            self._template = _Sandbox().from_string(source)
-        except Exception as error:  # a template can break the parser in many ways
-            raise TokenizerError(f"{where}: the chat template does not parse: {_brief(error)}") from error
+        self._template = _parsed(source, where)
+        self._with_tools = self._template if with_tools is None else _parsed(with_tools, where)
 
     @classmethod
     def find(cls, settings: Mapping[str, Any], settings_path: Path, path: Path | None) -> ChatTemplate | None:
-        """The template of a chat_template.jinja, or of tokenizer_config.json (the one named "default")."""
+        """The template of a chat_template.jinja, or of tokenizer_config.json.
+
+        Of several there the one named "default" is taken, and for tools "tool_use".
+        """
         if path is not None:
             try:
                 return cls(read_bytes(path, 4 * TEMPLATE_LIMIT).decode(), path)
             except UnicodeDecodeError as error:
                 raise TokenizerError(f"{path} is not UTF-8: {error}") from error
-        source = settings.get("chat_template")
+        source, with_tools = settings.get("chat_template"), None
         if isinstance(source, list):
             named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-            source = named.get("default")
+            source, with_tools = named.get("default"), named.get("tool_use")
         if source is None:
             return None
-        if not isinstance(source, str):
-            raise TokenizerError(
-                f"{settings_path}: chat_template is a {type(source).__name__}; supported: text"
-            )
-        return cls(source, settings_path)
+        for given in (source, with_tools):
+            if not isinstance(given, str | None):
+                raise TokenizerError(
+                    f"{settings_path}: chat_template is a {type(given).__name__}; supported: text"
+                )
+        return cls(source, settings_path, with_tools=with_tools)
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The text of a conversation.
@@ -95,9 +101,29 @@ class ChatTemplate:
         try:
             _made.characters = 0
             with _time_limit(SECONDS):
-                return self._template.render({**variables, "messages": messages})
+                template = self._with_tools if variables.get("tools") else self._template
+                return template.render({**variables, "messages": messages})
         except Exception as error:  # whatever the template does wrong
             raise RequestError(f"{self._where}: the chat template refuses: {_brief(error)}") from error
+
+
+def _parsed(source: str, where: Path | str) -> jinja2.Template:
+    if len(source) > TEMPLATE_LIMIT:
+        raise TokenizerError(f"{where}: the chat template is longer than {TEMPLATE_LIMIT:,} characters")
+    try:
+        return _Sandbox().from_string(source)
+    except Exception as error:  # a template can break the parser in many ways
+        raise TokenizerError(f"{where}: the chat template does not parse: {_brief(error)}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model says, for training on it: here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Bounded(CodeGenerator):
@@ -116,7 +142,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**", "%", "+"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], cache_size=0)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], cache_size=0
+        )
         self.filters = {name: _measured(self.filters[name]) for name in _FILTERS.split()}
         self.filters |= {"join": _join, "tojson": _to_json}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
