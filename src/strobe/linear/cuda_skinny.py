@@ -181,6 +181,13 @@ def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: to
     projection.scratch[key] = Packed(problem, projection, programmatic=overlaps)
 
 
+def source(problem: LinearProblem) -> jit.Source:
+    """What this problem compiles on the current GPU."""
+    device = gpu(torch.cuda.current_device())
+    shape = choose_shape(problem, device.sm_count, device.shared_memory_per_block)
+    return jit.Source(_SOURCE, shape.defines(problem))
+
+
 def sources(arch: str) -> list[jit.Source]:
     """The projections of Llama-3-8B at one token, as an H200 runs them."""
     number = int("".join(digit for digit in arch if digit.isdigit()))

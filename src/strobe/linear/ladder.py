@@ -3,7 +3,8 @@
 A rung is a module of this package with `IDEA` (one line), `refusals(problem) -> list[str]` and
 `run(problem, x, projection, out)`, which fills `out [tokens, problem.columns]`, or adds to it where
 `problem.residual`. It does what the problem says and no more: `projection.norm` may be there and
-`problem.norm` False, since what a rung does not fuse is done beside it.
+`problem.norm` False, since what a rung does not fuse is done beside it. One that compiles a kernel for each
+problem tells which: `source(problem)`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Rung:
 
     def run(self, problem: LinearProblem, x: Any, projection: Any, out: Any) -> None:
         self.module.run(problem, x, projection, out)
+
+    def source(self, problem: LinearProblem) -> Any:
+        """The `jit.Source` that running this compiles on the current GPU, if its module tells."""
+        told = getattr(self.module, "source", None)
+        return told(problem) if told else None
 
 
 RUNGS = {

@@ -124,6 +124,12 @@ class Projection:
             out = activation.swiglu(out)
         return out if residual is None else residual.add_(out)
 
+    def source(self, tokens: int, *, residual: bool, kernel: str = "auto") -> Any:
+        """What a call of so many tokens compiles, as `ladder.Rung.source`; errors as `ladder.choose`."""
+        problem = replace(self._kind.problem, tokens=tokens, residual=residual)
+        rung, run = ladder.choose(problem, kernel)
+        return rung.source(run)
+
     @cached_property
     def _kind(self) -> _Kind:
         """Its sizes and kinds, checked; the same object for every projection that is alike."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
 from strobe.models.gpt2 import GPT2, GPT2Weights
@@ -39,6 +40,14 @@ def allocate(config: ModelConfig, *, device: torch.device | str, dtype: torch.dt
 def build(config: ModelConfig, weights: Weights) -> Model:
     """The network that runs these weights."""
     return Llama(config, weights) if isinstance(weights, LlamaWeights) else GPT2(config, weights)
+
+
+def products(weights: Weights) -> list[tuple[Projection, bool]]:
+    """A layer's projections and the head, and whether each adds to the residual stream."""
+    layer = weights.layers[0]
+    named = ((field.name, getattr(layer, field.name)) for field in fields(layer))
+    found = [(each, name in ("output", "down")) for name, each in named if isinstance(each, Projection)]
+    return [*found, (weights.head, False)]
 
 
 def tensors(weights: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,53 @@
+"""What a network tells that it will compile is what it compiles."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from cuda_emulator import emulated_gpu
+
+from strobe.cuda import jit
+from strobe.linear import projection
+from strobe.models import shapes
+from strobe.models.config import ModelConfig
+from strobe.models.network import products
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    layers=2,
+    hidden=136,
+    intermediate=200,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab_size=301,
+    max_position=128,
+    norm_eps=1e-5,
+)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_products_compile_what_they_tell(tokens: int) -> None:
+    def gpu_weight(outputs: int, inputs: int, **_: object) -> torch.Tensor:
+        return torch.empty(outputs, inputs, dtype=torch.bfloat16)
+
+    with patch.object(projection, "empty_weight", gpu_weight):
+        model = shapes.random_model(CONFIG, device="cpu", dtype=torch.bfloat16)
+    found = products(model.weights)
+    assert [residual for _, residual in found] == [False, True, False, True, False]
+    for each, residual in found:
+        with emulated_gpu(sm_count=3):
+            kernel, compiled = jit.kernel, []
+
+            def noted(source, entry, defines=None, device=None):
+                compiled.append(jit.Source(source, defines or {}))  # noqa: B023
+                return kernel(source, entry, defines, device)  # noqa: B023
+
+            told = each.source(tokens, residual=residual)
+            x = torch.randn(tokens, each.weight.shape[1]).bfloat16()
+            out = torch.zeros(tokens, len(each.weight)).bfloat16() if residual else None
+            with patch.object(jit, "kernel", noted):
+                each(x, residual=out)
+        assert told in compiled
