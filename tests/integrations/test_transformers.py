@@ -21,6 +21,19 @@ CONFIGS = {
         **SMALL, num_attention_heads=6, num_key_value_heads=2, sliding_window=5
     ),
     "qwen2": transformers.Qwen2Config(**SMALL, num_attention_heads=6, num_key_value_heads=2),
+    "qwen3": transformers.Qwen3Config(**SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=8),
+    "gemma2": transformers.Gemma2Config(  # softcap
+        **SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=8, sliding_window=5
+    ),
+    "gpt_oss": transformers.GptOssConfig(  # sinks
+        **SMALL,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
     "gpt2": transformers.GPT2Config(
         n_embd=48, n_head=6, n_layer=2, vocab_size=97, n_positions=64, pad_token_id=0
     ),
