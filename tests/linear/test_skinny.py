@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strobe.linear import cuda_skinny
+from strobe.linear import cuda_skinny, ladder
 from strobe.linear.problem import LinearProblem
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
@@ -62,3 +62,19 @@ def test_refuses_by_name(changed: dict[str, object], reason: str) -> None:
     assert not cuda_skinny.refusals(LinearProblem(**fits))  # type: ignore[arg-type]
     (given,) = cuda_skinny.refusals(LinearProblem(**(fits | changed)))  # type: ignore[arg-type]
     assert reason in given
+
+
+@pytest.mark.parametrize(
+    ("changed", "rung", "fused"),
+    [
+        ({}, "cuda_skinny", True),
+        ({"tokens": 17}, "torch_linear", False),
+        ({"dtype": "float32"}, "torch_linear", False),
+    ],
+)
+def test_auto_takes_it_for_few_tokens_of_16_bits(changed: dict[str, object], rung: str, fused: bool) -> None:
+    wanted: dict[str, object] = {"tokens": 16, "inputs": 64, "outputs": 3, "dtype": "float16"}
+    wanted |= {"device": "cuda", "arch": 90, "norm": True, "residual": True}
+    problem = LinearProblem(**(wanted | changed))  # type: ignore[arg-type]
+    chosen, run = ladder.choose(problem)
+    assert (chosen.name, run == problem) == (rung, fused)
