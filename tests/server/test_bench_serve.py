@@ -102,6 +102,7 @@ def test_json_figure_and_result_file(idle: LiveServer, capsys, tmp_path) -> None
         (["--rate", "0"], "rate is 0"),
         (["--rate", "fast"], "rate is 'fast'"),
         (["--requests", "0"], "requests is 0"),
+        (["--vocab", "3"], "vocab is 3"),
         (["--prompt", "9", "3"], "prompt lengths 9 to 3"),
         (["--goodput", "ttfb:3"], "did you mean 'ttft'?"),
         (["--goodput", "ttft"], "ttft:200"),

@@ -24,6 +24,8 @@ from strobe.errors import StrobeError
 PERCENTILES = (50, 90, 99)
 OBJECTIVES = ("ttft", "tpot", "e2e")
 WARM_UPS = 3
+_FIRST_TOKEN = 3
+"""Ids below it are often special tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Workload:
     """`requests` prompts of random tokens, due at random (Poisson) times at `rate` a second.
 
     `prompt` and `output` are the shortest and longest length in tokens, drawn evenly between. Token ids
-    are below `vocab`.
+    are from 3 to below `vocab`.
     """
 
     rate: float
@@ -46,6 +48,8 @@ class Workload:
             raise StrobeError(f"rate is {self.rate}; supported: over 0, inf for all at once")
         if not 1 <= self.requests <= 1_000_000:
             raise StrobeError(f"requests is {self.requests}; supported: 1 to 1000000")
+        if self.vocab <= _FIRST_TOKEN:
+            raise StrobeError(f"vocab is {self.vocab}; supported: over {_FIRST_TOKEN}")
         for name in ("prompt", "output"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
@@ -59,7 +63,7 @@ class Workload:
         arrivals, work = random.Random(self.seed), random.Random(self.seed)  # noqa: S311 - a benchmark's
         due, drawn = 0.0, []
         for _ in range(self.requests):
-            prompt = [work.randrange(3, self.vocab) for _ in range(work.randint(*self.prompt))]
+            prompt = [work.randrange(_FIRST_TOKEN, self.vocab) for _ in range(work.randint(*self.prompt))]
             drawn.append((due, prompt, work.randint(*self.output)))
             due += 0.0 if math.isinf(self.rate) else arrivals.expovariate(self.rate)
         return drawn
