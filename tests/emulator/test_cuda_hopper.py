@@ -59,6 +59,19 @@ def test_packed_tiles_are_all_found() -> None:
         answer(case, None, sm_count)
 
 
+def test_pages_of_keys_and_values_in_turns() -> None:
+    """Pages that do not follow one another, as where one tensor holds both."""
+    rows = ((130, 300), (1, 129), (40, 77))
+    case = Case("in_turns", rows, 2, 2, 64, "paged_packed", random.choice([8, 16, 32]), causal=True)
+    inputs = case.inputs(torch.bfloat16, seed=random.randrange(2**31))
+    k, v = torch.stack((inputs.k, inputs.v), 1).unbind(1)
+    out = torch.full_like(inputs.q, float("nan"))
+    with emulated_gpu(2):
+        cuda_hopper.run(inputs.problem, inputs.q, k, v, out, None)
+    judged = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out)
+    assert judged.right, str(judged)
+
+
 def test_planned_calls_follow_their_tensors() -> None:
     """attention() packs a launch once for calls that are alike; each must read and write its own tensors."""
     case = Case("planned", ((100, 130),) * 2, 2, 1, 64, causal=True)
@@ -77,7 +90,6 @@ WAYS = [
     (64, Tile(consumers=3, bulk_store=True)),
     (96, Tile(bulk_store=True)),
     (128, Tile(bulk_store=True, q_stages=3)),
-    (128, Tile(k_stages=3)),
     (128, Tile(consumers=3, keys=64)),
     (128, Tile(folded=True)),
     (64, Tile(folded=True, bulk_store=True)),

@@ -73,7 +73,6 @@ WAYS = {
     "plain": Tile(),
     "bulk_store": Tile(bulk_store=True),
     "three_q": Tile(bulk_store=True, q_stages=3),
-    "three_k": Tile(k_stages=3),
     "three": Tile(consumers=3, keys=64),
     "three_bulk": Tile(consumers=3, keys=64, bulk_store=True),
 }
@@ -275,6 +274,20 @@ def test_graphs_replayed_beside_eager_calls() -> None:
         torch.cuda.synchronize()
         assert torch.equal(eager, right)
         assert torch.equal(replayed, right)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_pages_of_keys_and_values_in_turns(head_dim: int, page_size: int) -> None:
+    """Pages that follow one another, and pages that do not: one tensor holds both."""
+    rows = ((500, 2000), (1, 129), (0, 40), (333, 1111))
+    case = Case("in_turns", rows, 8, 2, head_dim, "paged_packed", page_size, causal=True)
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    k, v = torch.stack((inputs.k, inputs.v), 1).unbind(1)
+    assert judge(inputs).right
+    out = torch.full_like(inputs.q, float("nan"))
+    cuda_hopper.run(inputs.problem, inputs.q, k, v, out, None)
+    assert verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out).right
 
 
 @pytest.mark.parametrize("length", [512, 1024])

@@ -6,12 +6,13 @@
 //   - a softmax that does not look for the maximum: weights are taken against an old one, and their sum tells whether
 //     that was near enough (it nearly always is); no comparisons, no shuffles, no rescaling of the output;
 //   - no gap between tiles: the next tile's first scores are issued with this tile's last output, and stored under;
-//   - longest tiles first, drawn late, heads in sections that fit L2.
+//   - longest tiles first, drawn late, heads in sections that fit L2;
+//   - the first tile is worked out while the kernel ahead still runs, and its q and keys go ahead of all else.
 //
 // Measured and dropped (docs/log.md): exp2 by polynomial, q in registers, key tiles above 128, four consumers, eviction
-// hints, a third stage.
+// hints, a third stage, pairs of blocks that share keys, half diagonal tiles, stores under a tile's second scores.
 //
-// Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, K_STAGES, HAS_LEFT and HAS_RIGHT
+// Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not
 // paged), BULK_STORE (results leave through shared memory and the copy engine), FOLDED (few causal tiles: a block works
 // on one alone, and of a head's queries its consumers take 64 from the front and 64 from the back).
@@ -27,7 +28,7 @@
 constexpr int ROWS = 64;  // queries of a consumer
 constexpr int Q_TILE = CONSUMERS * ROWS;
 constexpr int THREADS = (CONSUMERS + 1) * 128;
-constexpr int V_STAGES = 2;
+constexpr int STAGES = 2;  // of keys and of values
 constexpr int WORKS = 3;   // at a time: the consumers' current and coming one, and the producer's
 constexpr int PANEL = HEAD_DIM % 64 ? 32 : 64;  // columns side by side in shared memory: what a swizzle spans
 constexpr int PANELS = HEAD_DIM / PANEL;
@@ -100,18 +101,20 @@ __device__ __forceinline__ void Params::store_lse(const Work& work, int token, f
 
 struct Shared {
   scalar_t q[Q_STAGES][CONSUMERS][ROWS * HEAD_DIM];
-  scalar_t k[K_STAGES][K_TILE * HEAD_DIM];
-  scalar_t v[V_STAGES][K_TILE * HEAD_DIM];
+  scalar_t k[STAGES][K_TILE * HEAD_DIM];
+  scalar_t v[STAGES][K_TILE * HEAD_DIM];
   Barrier q_full[Q_STAGES][CONSUMERS], q_empty[Q_STAGES][CONSUMERS];
-  Barrier k_full[K_STAGES], k_empty[K_STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+  Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   Barrier work_full[WORKS], work_empty[WORKS];
   Work work[WORKS];
 
   __device__ __forceinline__ void init() {
     for (int i = 0; i < Q_STAGES; ++i)
       for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(BULK_STORE ? 1 : 4);
-    for (int i = 0; i < K_STAGES; ++i) k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
-    for (int i = 0; i < V_STAGES; ++i) v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
+    for (int i = 0; i < STAGES; ++i) {
+      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
+      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
+    }
     for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
     fence_barrier_init();
   }
@@ -126,8 +129,7 @@ struct Producer {
   Shared& s;
   const TensorMap &q, &k, &v;
   const int lane = threadIdx.x % 32;
-  Ring<K_STAGES> k_ring;
-  Ring<V_STAGES> v_ring;
+  Ring<STAGES> k_ring, v_ring;
   Ring<Q_STAGES> q_ring;
   Ring<WORKS> work_ring;
 
@@ -419,8 +421,7 @@ struct Consumer : Results<BULK_STORE> {
   const Params& p;
   Shared& s;
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
-  Ring<K_STAGES> k_ring;
-  Ring<V_STAGES> v_ring;
+  Ring<STAGES> k_ring, v_ring;
   Ring<Q_STAGES> q_ring;
   Ring<WORKS> work_ring;
 

@@ -24,23 +24,21 @@ IDEA = (
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
-_V_STAGES = 2
+_STAGES = 2
 _BARRIERS_BYTES = 2048
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time.
+    """How a block works: `consumers` warpgroups of 64 queries, `keys` at a time, `q_stages` tiles of q.
 
-    `q_stages` and `k_stages` tiles of q and k are in shared memory or on their way. `bulk_store` lets the
-    copy engine store. `folded` has a block work on one tile alone, 64 queries from the front of a head and
-    64 from its back, so that blocks have equal work.
+    `bulk_store` lets the copy engine store. `folded` has a block work on one tile alone, 64 queries from
+    the front of a head and 64 from its back, so that blocks have equal work.
     """
 
     consumers: int = 2
     keys: int = 128
     q_stages: int = 2
-    k_stages: int = 2
     bulk_store: bool = False
     folded: bool = False
 
@@ -54,7 +52,7 @@ class Tile:
 
     def shared_bytes(self, head_dim: int) -> int:
         """q, the stages of keys and values, the barriers."""
-        rows = self.q_stages * self.queries + (self.k_stages + _V_STAGES) * self.keys
+        rows = self.q_stages * self.queries + 2 * _STAGES * self.keys
         return 2 * head_dim * rows + _BARRIERS_BYTES
 
 
@@ -72,14 +70,13 @@ _BULK = Tile(q_stages=3, bulk_store=True)
 def choose_tile(problem: AttentionProblem, sm_count: int) -> Tile:
     """Measured on an H200 (docs/log.md).
 
-    Small pages take many copies, which a third stage of keys hides. Stores in bulk pay at head_dim 128
-    while rows are short. At head_dim 64 the special-function unit limits, and a third consumer keeps it
-    busier; it has no registers to spare for anything but plain problems, and is too coarse for short
-    causal ones.
+    Stores in bulk pay at head_dim 128 while rows are short, with a third tile of q to load meanwhile. At
+    head_dim 64 the special-function unit limits, and a third consumer keeps it busier; it has no registers
+    to spare for anything but plain problems, and is too coarse for short causal ones.
     """
     tile = TILES[problem.head_dim]
     if not isinstance(problem.layout, Dense):
-        return replace(tile, k_stages=3) if problem.paged and problem.page_size < tile.keys else tile
+        return tile
     if problem.head_dim == 128 and problem.kv_len < 4096:
         tile = _BULK
     if _folds(problem) and -(-problem.q_len // tile.queries) * problem.batch * problem.q_heads <= sm_count:
@@ -116,9 +113,8 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 def refusals_for_tile(problem: AttentionProblem, tile: Tile) -> list[str]:
     """Why this problem cannot be worked on in such a way."""
-    sizes = tile.consumers in (2, 3) and tile.keys in (64, 96, 128)
-    if not sizes or tile.q_stages not in (1, 2, 3) or tile.k_stages not in (2, 3):
-        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1 to 3; k_stages 2, 3"]
+    if tile.consumers not in (2, 3) or tile.keys not in (64, 96, 128) or tile.q_stages not in (1, 2, 3):
+        return [f"{tile}; supported: consumers 2, 3; keys 64, 96, 128; q_stages 1 to 3"]
     reasons = dense.refusals_of(dense.Footprint(tile.threads, tile.shared_bytes(problem.head_dim)), problem)
     if problem.paged and tile.keys % problem.page_size and problem.page_size % tile.keys:
         reasons.append(f"keys {tile.keys} in pages of {problem.page_size}; supported: one divides the other")
@@ -248,7 +244,6 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
         "K_TILE": tile.keys,
         "CONSUMERS": tile.consumers,
         "Q_STAGES": tile.q_stages,
-        "K_STAGES": tile.k_stages,
         "HAS_LEFT": left != UNLIMITED,
         "HAS_RIGHT": right != UNLIMITED,
         "KEYLESS": _keyless(problem),
