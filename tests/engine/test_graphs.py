@@ -173,7 +173,8 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(checkpoint, monkeypatch):
     monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
     config = EngineConfig(kv_cache_pages=60, page_size=2, max_num_seqs=7)
     rng = random.Random(3)
-    prompts = [tuple(rng.randrange(256) for _ in range(rng.randint(1, 30))) for _ in range(20)]
+    lengths = [30, *(rng.randint(1, 30) for _ in range(19))]
+    prompts = [tuple(rng.randrange(256) for _ in range(length)) for length in lengths]
     answers = []
     for graphs in (False, True):
         engine = Engine(checkpoint.model, None, replace(config, graphs=graphs, overlap=graphs))

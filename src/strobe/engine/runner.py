@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from strobe.attention.problem import Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, Paged
 from strobe.engine.config import EngineConfig
 from strobe.engine.deterministic import decode_kernels
 from strobe.engine.graphs import PROMPT_SIZES, StepGraphs, decode_sizes, recorder_for
@@ -82,10 +82,12 @@ class Runner:
             if size is None:
                 return None
             return graphs, size, padded(inputs, size, page_size, self.staging.first_word, self._nobody)
+        # fewer tokens are the decode kernels' work; deterministic: the sizes of a prompt's products are its own
+        if schedule.tokens <= DECODE_MAX_Q_LEN or self.config.deterministic:
+            return None
         alone = len(schedule.chunks) == len(schedule.sampled) == 1 and not schedule.scored
         size = graphs.size_for(schedule.tokens)
-        # deterministic: the sizes of a prompt's products are its own, recorded or not
-        if not alone or size is None or inputs.picks is not None or self.config.deterministic:
+        if not alone or size is None or inputs.picks is not None:
             return None
         return graphs, size, padded_prompt(inputs, size, page_size, self._nobody)
 
