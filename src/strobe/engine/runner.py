@@ -82,7 +82,7 @@ class Runner:
             if size is None:
                 return None
             return graphs, size, padded(inputs, size, page_size, self.staging.first_word, self._nobody)
-        # fewer tokens are the decode kernels' work; deterministic: the sizes of a prompt's products are its own
+        # few tokens are the decode kernels' work; deterministic: a prompt's products have sizes of their own
         if schedule.tokens <= DECODE_MAX_Q_LEN or self.config.deterministic:
             return None
         alone = len(schedule.chunks) == len(schedule.sampled) == 1 and not schedule.scored
