@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 import strobe
-from strobe.attention import Packed
+from strobe.attention import Packed, Paged
 from strobe.attention.api import attention
 from strobe.attention.cases import Case
 from strobe.attention.multihead import MultiHeadAttention
@@ -86,6 +88,29 @@ def test_export_of_the_module() -> None:
         exported = torch.export.export(module, (x,), {"causal": True})
         torch.testing.assert_close(exported.module()(x, causal=True), module(x, causal=True))
     assert any("strobe.attention" in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.parametrize("layout", ["packed", "paged"])
+def test_a_traced_call_leaves_nothing_to_the_collector(layout: str) -> None:
+    """On a GPU such remains hold memory."""
+    inputs = Case("x", ((4, 20), (4, 9)), layout=layout).inputs(torch.float32)
+    compiled = torch.compile(
+        lambda q: strobe.attention(q, inputs.k, inputs.v, **inputs.options), backend="eager", fullgraph=True
+    )
+    compiled(inputs.q)
+
+    def layouts() -> int:
+        return sum(type(each) in (Packed, Paged) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = layouts()
+        for _ in range(3):
+            compiled(inputs.q)
+        assert layouts() == before
+    finally:
+        gc.enable()
 
 
 def test_packed_lengths_may_be_left_out() -> None:
