@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from strobe.attention import ladder
-from strobe.attention.cases import Case, decode_shape, prefill_shape
+from strobe.attention.cases import Case, prefill_shape
 from strobe.bench import ceilings, document, peers, plots, tables
-from strobe.bench.attention import Provider, measure_all, of_rung, sweep
+from strobe.bench.attention import Provider, measure_all, of_rung
 from strobe.bench.linear import measure_all as measure_linear
 from strobe.bench.results import Result
 from strobe.errors import KernelRefusedError, StrobeError
@@ -74,11 +74,6 @@ def test_a_cpu_s_ceiling_is_that_of_the_product_that_kernels_may_stand_on(
     ceilings.ceilings.__wrapped__("cpu", dtype)
     *_, product, _ = timed  # the last is what was read
     assert (product.dtype, product.shape) == (getattr(torch, fastest), (1024, 1024))
-
-
-def test_sweeps_move_the_right_length() -> None:
-    assert [case.rows for case in sweep(SMALL, [8, 16])] == [((8, 8),), ((16, 16),)]
-    assert [case.rows for case in sweep(decode_shape(2, 99, 4, 2, 32), [8])] == [((1, 8), (1, 8))]
 
 
 def test_linear_rows_are_checked() -> None:
@@ -150,7 +145,7 @@ def test_tables_mark_the_best_and_the_wrong() -> None:
 
 @pytest.mark.parametrize("suffix", plots.FORMATS)
 def test_figures_are_written(tmp_path: Path, suffix: str) -> None:
-    rows = measure(sweep(SMALL, [8, 16]), "torch_naive", "torch_online")
+    rows = measure([prefill_shape(1, n, 4, 2, 32, True) for n in (8, 16)], "torch_naive", "torch_online")
     lines, roof = tmp_path / f"lines{suffix}", tmp_path / f"roof{suffix}"
     plots.against_length(rows, lines, "title")
     ceilings = {"dtype": "float32", "matmul_tflops": 1.0, "read_gbps": 100.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -212,12 +212,3 @@ def described(case: Case, dtype: str) -> dict[str, Any]:
     if case.window != (-1, -1):
         named |= {"window": list(case.window)}
     return named
-
-
-def sweep(case: Case, lengths: Sequence[int]) -> list[Case]:
-    """The case at several lengths: of its keys where it decodes, else of queries and keys alike."""
-    decode = case.layout == "paged" and max(q for q, _ in case.rows) <= 16
-    return [
-        replace(case, name=f"{case.name}@{n}", rows=tuple((q if decode else n, n) for q, _ in case.rows))
-        for n in lengths
-    ]
