@@ -16,6 +16,9 @@ from .conftest import LiveServer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
+expect = playwright.expect
+expect.set_options(timeout=15_000)
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:
     pytest.skip("needs Chromium", allow_module_level=True)
@@ -180,7 +183,7 @@ def test_what_is_said_is_never_markup(idle: LiveServer, open_page) -> None:
     page.reload()
     page.wait_for_selector("article.user")
     assert page.locator(".talk img, .talk script").count() == 0
-    page.wait_for_function("document.title === 'strobe-tiny · strobe'")
+    expect(page).to_have_title("strobe-tiny · strobe")
 
 
 def test_errors_are_shown_and_can_be_tried_again(serve, open_page) -> None:
@@ -211,7 +214,7 @@ def test_a_server_that_goes_away_is_told_of(serve, open_page) -> None:
     page = open_page(server)
     never_ending(page)
     say(page, "Stay a while.")
-    page.wait_for_function("() => document.querySelector('article.assistant .text').textContent")
+    expect(page.locator("article.assistant .text")).not_to_be_empty()
     server.uvicorn.should_exit = server.uvicorn.force_exit = True
     page.wait_for_selector(".error")
     page.wait_for_selector(".dot.down")
@@ -222,12 +225,12 @@ def test_a_server_that_goes_away_is_told_of(serve, open_page) -> None:
 
 def test_live_numbers_are_the_metrics(idle: LiveServer, open_page) -> None:
     page = open_page(idle)
-    page.wait_for_function("() => document.getElementById('m-rate').textContent !== '–'")
+    expect(page.locator("#m-rate")).not_to_have_text("–")
     pages = idle.engine.stats().pages
     assert page.inner_text("#m-pages").endswith(f"of {pages}")
     assert page.inner_text("#m-running") == "0"
     say(page, "Speak")
-    page.wait_for_function("() => document.getElementById('m-ttft').textContent.endsWith('ms')")
+    expect(page.locator("#m-ttft")).to_have_text(re.compile("ms$"))
     done(page)
 
 
