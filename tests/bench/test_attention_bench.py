@@ -37,6 +37,13 @@ def test_rows_hold_the_figures() -> None:
     }  # fmt: skip
 
 
+def test_a_cpu_has_no_graphs_to_replay() -> None:
+    providers = [of_rung(ladder.find("torch_naive", "prefill"))]
+    (row,) = measure_all([SMALL], providers, "float32", "cpu", replay=True, budget_ms=1)
+    assert row["checked"]
+    assert row["ms"] > 0
+
+
 def test_a_wrong_kernel_has_no_speed() -> None:
     wrong = Provider("strobe:wrong", lambda _: [], lambda inputs: lambda: torch.zeros_like(inputs.q))
     (row,) = measure_all([SMALL], [wrong], "float32", "cpu", budget_ms=1)

@@ -239,6 +239,17 @@ PREFILL_BENCH: tuple[Case, ...] = (
     *(prefill_shape(1, seq, 32, 8, 128, True) for seq in (512, 1024, 2048)),
     prefill_shape(32, 512, 16, 16, 128, True),
 )
+SMALL_BENCH: tuple[Case, ...] = (
+    *PREFILL_BENCH[-4:],
+    prefill_shape(32, 512, 16, 16, 128, False),
+    *(
+        Case(
+            f"b1_q512_kv8192_h32_8_d128_{layout}{size}", ((512, 8192),), 32, 8, 128, layout, size, causal=True
+        )
+        for layout, size in (("dense", 16), ("paged", 16), ("paged", 128))
+    ),
+)
+"""Where the host and the launch count as much as the work; and a chunk of a prompt against a cache."""
 DECODE_BENCH: tuple[Case, ...] = (
     decode_shape(1, 4096, 32, 32, 128),
     decode_shape(1, 8192, 32, 8, 128),

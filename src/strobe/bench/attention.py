@@ -19,7 +19,7 @@ from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
 from strobe.errors import KernelRefusedError, UnknownNameError
 
 _CACHES_BYTES = 192 << 20
-"""Decode rotates among input sets that together outgrow any L2 cache."""
+"""Replays rotate among input sets that together outgrow any L2 cache."""
 _LARGE_BYTES = 2 << 30
 """Of a set this large, what the L2 cache keeps of the call before is nothing."""
 
@@ -90,13 +90,14 @@ def measure_all(
     device: str,
     *,
     strict: bool = False,
+    replay: bool = False,
     budget_ms: float = 200.0,
 ) -> Iterator[Row]:
     """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
 
-    A case's providers take turns. Prefill is timed call by call with the L2 cache flushed, decode by
-    CUDA-graph replay over caches that together outgrow it. Peak memory is what a call allocates
-    beyond its inputs and its output.
+    A case's providers take turns. Prefill is timed call by call with the L2 cache flushed; decode, and
+    with `replay` prefill too, by CUDA-graph replay over inputs that together outgrow it. Peak memory is
+    what a call allocates beyond its inputs and its output.
 
     Raises:
         KernelRefusedError: with `strict`, the first refusal.
@@ -115,8 +116,10 @@ def measure_all(
             rows.append(row)
             if row["checked"]:  # a wrong answer has no speed
                 clocks.append((row, provider))
-        sets = [inputs, *_more_inputs(case, dtype, inputs)]
-        timings = in_turns([_clock(provider, sets) for _, provider in clocks], budget_ms=budget_ms)
+        replayed = inputs.problem.device == "cuda" and (replay or inputs.problem.phase == "decode")
+        sets = [inputs, *(_more_inputs(case, dtype, inputs) if replayed else [])]
+        turns = [_clock(provider, sets, replayed) for _, provider in clocks]
+        timings = in_turns(turns, budget_ms=budget_ms)
         for (row, _), timing in zip(clocks, timings, strict=True):
             row |= _figures(inputs.problem, timing)
         yield from rows
@@ -146,24 +149,17 @@ def _figures(problem: AttentionProblem, timing: Timing) -> Row:
     }
 
 
-def _replayed(problem: AttentionProblem) -> bool:
-    return problem.phase == "decode" and problem.device == "cuda"
-
-
 def _more_inputs(case: Case, dtype: str, inputs: Inputs) -> list[Inputs]:
-    """What decode rotates among, besides `inputs`."""
-    if not _replayed(inputs.problem):
-        return []
+    """What replays rotate among, besides `inputs`."""
     moved = max(inputs.problem.bytes(), 1)
     sets = -(-_CACHES_BYTES // moved) if moved < _CACHES_BYTES else 1 + (moved < _LARGE_BYTES)
     return [case.inputs(torch_dtype(dtype), "cuda", seed) for seed in range(1, min(sets, 24))]
 
 
-def _clock(provider: Provider, sets: Sequence[Inputs]) -> Clock:
-    problem = sets[0].problem
-    if _replayed(problem):
+def _clock(provider: Provider, sets: Sequence[Inputs], replayed: bool) -> Clock:
+    if replayed:
         return GraphClock([provider.bind(inputs) for inputs in sets])
-    return clock(provider.bind(sets[0]), problem.device)
+    return clock(provider.bind(sets[0]), sets[0].problem.device)
 
 
 def _peak_bytes(call: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[torch.Tensor, int | None]:

@@ -34,7 +34,7 @@ Vs = Annotated[str, typer.Option(help="Peers to time beside: fa2, cudnn, fa3, fa
 Suite = Annotated[
     str | None,
     typer.Option(
-        help="A standard set of shapes: prefill or ladder, or few of them: prefill-quick, ladder-quick."
+        help="A standard set of shapes: prefill, small or ladder, or few: prefill-quick, ladder-quick."
     ),
 ]
 TileSizes = Annotated[
@@ -43,6 +43,9 @@ TileSizes = Annotated[
 ]
 Host = Annotated[
     bool, typer.Option("--host", help="Time what a call costs the host instead: strobe.attention and peers.")
+]
+Replay = Annotated[
+    bool, typer.Option("--replay", help="Time by CUDA-graph replay: without the host's share.")
 ]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout.")]
 
@@ -62,6 +65,7 @@ def attention(
     suite: Suite = None,
     tile: TileSizes = None,
     host: Host = False,
+    replay: Replay = False,
     plot: Plot = None,
     csv: Csv = False,
     save: Save = None,
@@ -69,7 +73,13 @@ def attention(
     json: Json = False,
 ) -> None:
     """Check, then time attention kernels and peers over one shape, a sweep or a suite, in one run."""
-    from strobe.attention.cases import LADDER_BENCH, LADDER_SHAPES, PREFILL_BENCH, prefill_shape
+    from strobe.attention.cases import (
+        LADDER_BENCH,
+        LADDER_SHAPES,
+        PREFILL_BENCH,
+        SMALL_BENCH,
+        prefill_shape,
+    )
     from strobe.bench import plots, tables
     from strobe.bench.results import Result, default_path
 
@@ -80,6 +90,7 @@ def attention(
         raise StrobeError(f"--seq {seq} has several lengths", hint="add --sweep")
     suites = {
         "prefill": PREFILL_BENCH,
+        "small": SMALL_BENCH,
         "prefill-quick": PREFILL_BENCH[1::6],
         "ladder": LADDER_BENCH,
         "ladder-quick": LADDER_SHAPES,
@@ -95,7 +106,7 @@ def attention(
     if host:
         host_cost(cases, vs, dtype, save=save, commit=commit, json=json)
         return
-    rows, roof = measure(cases, "prefill", kernel, vs, tile, dtype, where)
+    rows, roof = measure(cases, "prefill", kernel, vs, tile, dtype, where, replay=replay)
     bench = (suite or "attention").partition("-")[0]
     result = Result.here(bench, rows, commit=commit, ceilings=roof.as_dict())
     if save is not None:
@@ -191,7 +202,15 @@ def roofline(
 
 
 def measure(
-    cases: list[Any], phase: str, kernel: str, vs: str, tile: str | None, dtype: str, where: str
+    cases: list[Any],
+    phase: str,
+    kernel: str,
+    vs: str,
+    tile: str | None,
+    dtype: str,
+    where: str,
+    *,
+    replay: bool = False,
 ) -> tuple[list[dict[str, Any]], Any]:
     from strobe.bench import peers
     from strobe.bench.attention import measure_all, of_peer, of_rung, tile_names, torch_dtype
@@ -216,7 +235,8 @@ def measure(
     try:
         with bar:
             for case in cases:
-                rows += measure_all([case], providers, dtype, where, strict=kernel != "all" and not named)
+                strict = kernel != "all" and not named
+                rows += measure_all([case], providers, dtype, where, strict=strict, replay=replay)
                 bar.advance(task)
                 done += 1
     except KeyboardInterrupt:
