@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import numba
 import numpy as np
 import torch
 
-from strobe.cpu import jit, kernel, threads
+from strobe.cpu import atomic, jit, kernel, threads
 from strobe.cpu.jit import FASTMATH
 from strobe.cpu.kernel import HIGHEST, LOWEST
 
@@ -119,12 +120,9 @@ def _note(at):
     kernel.longs(at, (2,))[threads.STATUS] = parts
 
 
-@pytest.mark.parametrize("openmp", [True, False])
-@pytest.mark.parametrize("count", [1, 3])
-def test_threads_take_each_part_once_and_their_status_is_told(monkeypatch, openmp, count):
-    if not openmp:
-        monkeypatch.setattr(threads, "_team", lambda: None)
-    for parts in (0, 1, 2, 1000):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_take_each_part_once_and_their_status_is_told(count):
+    for parts in (0, 1, 2, 1000, 0, 100_000):
         out = np.zeros(parts, np.int64)
         assert threads.run(_note, (parts, out.ctypes.data), count) == parts
         assert out.tolist() == list(range(1, parts + 1))
@@ -137,6 +135,47 @@ def test_many_users_threads_may_run_kernels_at_once():
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda out: threads.run(_note, (50, out.ctypes.data), 2), outs))
     assert all(out.tolist() == list(range(1, 51)) for out in outs)
+
+
+@jit.kernel
+def _meet(at):
+    """A part for each of two threads, which neither ends before the other has come."""
+    _, _, came_at = kernel.longs(at, (3,))
+    part = kernel.take(at)
+    if part < 2:
+        atomic.add(came_at, 1)
+        while atomic.load(came_at) < 2:
+            atomic.nap()
+
+
+def test_helpers_come_at_first_and_again_when_they_have_slept():
+    for _ in range(2):
+        for _ in range(3):
+            came = np.zeros(1, np.int64)
+            threads.run(_meet, (came.ctypes.data,), 2)
+            assert came.tolist() == [2]
+        deadline = time.monotonic() + 30
+        while len(threads._team()._asleep) < len(threads._team()._helpers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_and_its_fork_use_helpers_and_end():
+    program = (
+        "import os, sys, torch\n"
+        "from strobe.linear import Projection, empty_weight, numba_tiled\n"
+        "numba_tiled._THREAD_WORK = 1\n"
+        "torch.set_num_threads(2)\n"
+        "one = Projection(empty_weight(512, 8, device='cpu', dtype=torch.float32).fill_(1.0))\n"
+        "print(one(torch.ones(1, 8), kernel='numba_tiled').sum().item(), flush=True)\n"
+        "child = os.fork()\n"
+        "torch.set_num_threads(2)\n"
+        "print(one(torch.ones(1, 8), kernel='numba_tiled').sum().item(), flush=True)\n"
+        "child and sys.exit(os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split(), done.returncode) == (["4096.0"] * 3, 0), done.stderr
 
 
 def test_work_is_worth_as_many_threads_as_it_feeds():

@@ -86,7 +86,13 @@ DECODE = tuple(
 )
 
 FASTEST_FIRST = {
-    "prefill": ("prefill/cuda_hopper", "prefill/cuda_async", "prefill/torch_sdpa", "prefill/torch_naive"),
+    "prefill": (
+        "prefill/cuda_hopper",
+        "prefill/cuda_async",
+        "decode/numba_paged",
+        "prefill/torch_sdpa",
+        "prefill/torch_naive",
+    ),
     "decode": (
         "decode/cuda_paged",
         "prefill/cuda_async",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -34,6 +35,9 @@ def angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin `[tokens, 1, head_dim]` of int64 positions `[tokens]`, computed in float32."""
     angle = positions[:, None, None] * signed_frequencies
+    if angle.device.type == "cpu":  # torch's functions would wake its threads for a few hundred numbers
+        cos, sin = (torch.from_numpy(function(angle.numpy())) for function in (np.cos, np.sin))
+        return cos.to(dtype), sin.to(dtype)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

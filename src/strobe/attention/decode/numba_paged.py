@@ -1,4 +1,4 @@
-"""Decode on a CPU over the pages where they lie: nothing is gathered, padded or copied.
+"""A CPU's decode, and its prefill, over the pages where they lie: nothing is gathered, padded or copied.
 
 A key head's queries read its keys a few at a time, while they are in the first cache, with a running
 maximum and sum (docs/math.md, eq. 5). Rows and heads are dealt out to as many threads as torch has.
@@ -15,7 +15,7 @@ from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cpu import jit, threads
 from strobe.errors import ProblemError
 
-IDEA = "keys and values read in their pages by compiled code, once for their group's queries"
+IDEA = "on a CPU: keys and values read in their pages by compiled code, once for their group's queries"
 
 _KERNEL = "strobe.attention.decode.numba_paged_kernel"
 _THREAD_FLOATS = 1 << 16
@@ -76,7 +76,7 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     kept += [None if problem.sinks is None else problem.sinks.float().contiguous()]
     kept += [torch.tensor([scale, problem.softcap], dtype=torch.float32)]
     most = threads.worth(2 * problem.head_dim * _pairs(problem), _THREAD_FLOATS)
-    few = problem.batch < 4 * most
+    few = problem.batch * problem.q_len < 4 * most
     fixed = np.array(
         [0 if x is None else x.data_ptr() for x in kept]
         + [problem.batch, q.shape[:-2].numel(), problem.q_len, problem.q_heads, problem.kv_heads]

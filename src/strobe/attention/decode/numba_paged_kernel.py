@@ -25,6 +25,8 @@ OUTSIDE = 1
 
 _KEYS = 64
 """Keys of one pass: their scores and values stay near while all heads of a row read them."""
+_QUERIES = 32
+"""A row's queries that are one part of the work."""
 _NEAR = 16
 """Keys that all heads' queries read before the next."""
 _ZERO, _NOTHING = np.float32(0.0), np.float32(-np.inf)
@@ -100,7 +102,7 @@ def kernel(head_dim: int) -> jit.Kernel:
 
     @jit.kernel
     def attend(call_at):
-        """Rows, or where these are few a row's key heads one by one, as they are taken."""
+        """Some of a row's queries, all its key heads or where rows are few one of them, as they are taken."""
         _, _, q_at, k_at, v_at, out_at, lse_at, fixed_at = longs(call_at, (8,))
         (
             table_at, lens_at, starts_at, sinks_at, factors_at,
@@ -108,6 +110,7 @@ def kernel(head_dim: int) -> jit.Kernel:
             heads_a_part, q_row, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head,
         ) = longs(fixed_at, (25,))  # fmt: skip
         group, parts_a_row = q_heads // kv_heads, kv_heads // heads_a_part
+        times = max(1, -(-q_len // _QUERIES))
         scale, softcap = floats(factors_at, (2,))
         table, lens = integers(table_at, (rows, table_width)), integers(lens_at, (rows,))
         paging = (page_size, k_page, k_token, v_page, v_token)
@@ -119,6 +122,7 @@ def kernel(head_dim: int) -> jit.Kernel:
         score_strides, sum_strides = (q_head, 4 * _KEYS), (4 * _KEYS, 4 * size, 4)
         while True:
             part = take(call_at)
+            part, first_query = part // times, part % times * _QUERIES
             row, first_kv = part // parts_a_row, part % parts_a_row * heads_a_part
             if row >= rows:
                 return
@@ -127,10 +131,11 @@ def kernel(head_dim: int) -> jit.Kernel:
             if starts_at != 0:
                 starts = integers(starts_at, (rows + 1,))
                 token, count = starts[row], starts[row + 1] - starts[row]
-            if not (0 <= kv_len <= table_width * page_size and 0 <= token <= token + count <= tokens):
+            inside = 0 <= kv_len <= table_width * page_size and token >= 0 and token + count <= tokens
+            if not (inside and 0 <= count <= q_len):
                 longs(call_at, (2,))[STATUS] = OUTSIDE
                 return
-            for i in range(count):
+            for i in range(first_query, min(count, first_query + _QUERIES)):
                 query = q_at + ((token + i) * q_token if starts_at != 0 else row * q_row + i * q_token)
                 position = kv_len - count + i
                 first = 0 if left < 0 else max(0, position - left)
