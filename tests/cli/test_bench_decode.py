@@ -52,8 +52,7 @@ def test_mixed_lengths(cli: Cli) -> None:
 
 
 def test_nothing_that_runs_is_told(cli: Cli) -> None:
-    outcome = cli(*SMALL, "--float8", "--no-append")
-    assert "no kernel runs these shapes here" in outcome.err
+    assert "nothing runs" in cli(*SMALL, "--float8", "--no-append").error
 
 
 @pytest.mark.parametrize(

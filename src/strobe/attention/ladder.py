@@ -2,7 +2,8 @@
 
 A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
 not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
-where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. One whose calls cost the
+where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. Those that start beside the
+kernel ahead where the layout is `settled` say `READS_SETTLED = True`. One whose calls cost the
 host too much has `prepare(problem, q, k, v)` too: what it returns then runs every call whose tensors agree
 with these in shape, strides, dtype and device, as `run(q, k, v, out, lse)`; out and lse are contiguous.
 """
@@ -42,6 +43,10 @@ class Rung:
         if problem.bias is not None and not getattr(self.module, "TAKES_BIAS", False):
             reasons = [*reasons, "no bias"]
         return reasons
+
+    @property
+    def reads_settled(self) -> bool:
+        return getattr(self.module, "READS_SETTLED", False)
 
     def run(self, problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
         self.module.run(problem, q, k, v, out, lse)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -29,8 +31,9 @@ class _Set:
     slots: torch.Tensor
     positions: torch.Tensor
 
-    def call(self) -> torch.Tensor:
-        return cache.append_rotated(self.qk, self.v, self.turn, self.k_pages, self.v_pages, self.slots)
+    def call(self, options: cache.Options | None = None) -> torch.Tensor:
+        given = (self.qk, self.v, self.turn, self.k_pages, self.v_pages, self.slots)
+        return cache.append_rotated(*given, options)
 
     @property
     def moved(self) -> int:
@@ -40,11 +43,12 @@ class _Set:
 
 
 def measure(shape: Case, tokens: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[Row]:
-    """A row for each number of tokens, of `shape`'s heads and pages."""
+    """A row for each number of tokens, of `shape`'s heads and pages: in turn; on a GPU settled too."""
     frequencies = [_THETA ** (-2 * pair / shape.head_dim) for pair in range(shape.head_dim // 2)]
-    for count in tokens:
+    for count, settled in itertools.product(tokens, (False, True) if device == "cuda" else (False,)):
+        options = cache.Options(settled=settled)
         first = _draw(shape, count, dtype, device, frequencies)
-        error, allowed = _errors(first, frequencies)
+        error, allowed = _errors(first, frequencies, options)
         row: Row = {
             "case": {
                 "op": "append_rotated",
@@ -55,18 +59,18 @@ def measure(shape: Case, tokens: Sequence[int], dtype: torch.dtype, device: str)
                 "page_size": shape.page_size,
                 "dtype": str(dtype).removeprefix("torch."),
             },
-            "provider": "strobe:append_rotated",
+            "provider": f"strobe:append_rotated{' settled' if settled else ''}",
             "checked": error <= allowed,
             "error": error,
             "error_allowed": allowed,
         }
         if row["checked"]:
-            clock: Clock = HostClock(first.call)
+            clock: Clock = HostClock(partial(first.call, options))
             if device == "cuda":
                 sets = [first]
                 while len(sets) < 24 and sum(each.moved for each in sets) < _CACHES_BYTES:
                     sets.append(_draw(shape, count, dtype, device, frequencies))
-                calls: list[Callable[[], object]] = [each.call for each in sets]
+                calls: list[Callable[[], object]] = [partial(each.call, options) for each in sets]
                 clock = GraphClock(calls)
             (timing,) = in_turns([clock])
             row |= {"ms": timing.ms, "ms_min": timing.ms_min, "ms_max": timing.ms_max}
@@ -90,11 +94,13 @@ def _draw(shape: Case, tokens: int, dtype: torch.dtype, device: str, frequencies
     return _Set(qk, v, turn, k_pages, v_pages, slots, positions)
 
 
-def _errors(given: _Set, frequencies: Sequence[float]) -> tuple[float, float]:
+def _errors(given: _Set, frequencies: Sequence[float], options: cache.Options) -> tuple[float, float]:
     """Largest difference from the reference over queries and stored keys and values, and what is allowed."""
     q_heads = given.qk.shape[1] - given.v.shape[1]
     wanted = rope.rotate_reference(given.qk, given.positions, frequencies).double()
-    q = given.call()
+    if given.qk.is_cuda:
+        torch.cuda.synchronize()  # slots, cos and sin are complete
+    q = given.call(options)
     k, v = (pages.flatten(0, 1)[given.slots] for pages in (given.k_pages, given.v_pages))
     pairs = ((q, wanted[:, :q_heads]), (k, wanted[:, q_heads:]), (v, given.v.double()))
     error = max(float((a.double() - b).abs().nan_to_num(nan=float("inf")).max()) for a, b in pairs)

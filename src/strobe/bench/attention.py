@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from strobe.attention import ladder
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
-from strobe.attention.problem import DTYPE_BYTES, AttentionProblem
+from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
 from strobe.bench.decode import FLOAT8, Float8Case
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
@@ -33,8 +33,12 @@ class Provider:
     bind: Callable[[Inputs], Callable[[], torch.Tensor]]
 
 
-def of_rung(rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None) -> Provider:
+def of_rung(
+    rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None, *, settled: bool = False
+) -> Provider:
     """A rung, with other tile sizes than its own where it has them as parameters.
+
+    `settled` times it as the engine runs it: the layout allows that it starts beside the kernel ahead.
 
     Raises:
         KernelRefusedError: the rung has no tile sizes to set, or none of these names.
@@ -44,6 +48,8 @@ def of_rung(rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None) -> P
 
     def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
         problem, out = inputs.problem, torch.full_like(inputs.q, float("nan"))
+        if settled and isinstance(problem.layout, Paged):
+            problem = replace(problem, layout=replace(problem.layout, settled=True))
 
         def call() -> torch.Tensor:
             rung.module.run(problem, inputs.q, inputs.k, inputs.v, out, None, **options)
@@ -55,7 +61,7 @@ def of_rung(rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None) -> P
         reasons = rung.refusals(problem)
         return reasons if tile is None else [*reasons, *rung.module.refusals_for_tile(problem, tile)]
 
-    return Provider(f"strobe:{rung.name}", refusals, bind)
+    return Provider(f"strobe:{rung.name}{' settled' if settled else ''}", refusals, bind)
 
 
 def tile_names(rung: ladder.Rung) -> list[str]:

@@ -22,7 +22,10 @@ def _prefill(result: Result) -> str:
 
 
 def _decode(result: Result) -> str:
-    return _microseconds(result, _peered(_standard_decode(result)))
+    table = _microseconds(result, _peered(_standard_decode(result)))
+    if not any(row["provider"].endswith(" settled") for row in result.rows):
+        return table
+    return f"`settled`: as the engine runs it, a launch starts beside the end of the one ahead.\n\n{table}"
 
 
 def _decode_ladder(result: Result) -> str:
@@ -59,6 +62,7 @@ def _append(result: Result) -> str:
     for row in (row for row in result.rows if "op" in row["case"]):
         case = row["case"]
         shape = f"{case['tokens']} tokens, heads {case['q_heads']}/{case['kv_heads']} x {case['head_dim']}"
+        shape += ", settled" if row["provider"].endswith(" settled") else ""
         if not row["checked"]:
             lines.append([shape, "WRONG", "", ""])
             continue
@@ -240,7 +244,7 @@ def _first_cases(rows: list[Row], count: int) -> list[str]:
 
 def _peered(rows: list[Row]) -> list[Row]:
     """Peers, and strobe's kernels that are measured against them: the production rungs."""
-    production = ("cuda_hopper", "cuda_async", "triton_fused", "cuda_paged")
+    production = ("cuda_hopper", "cuda_async", "triton_fused", "cuda_paged", "cuda_paged settled")
     return [
         row
         for row in rows

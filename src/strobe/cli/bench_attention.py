@@ -227,7 +227,12 @@ def measure(
     for peer in named:
         if reason := peer.missing():
             raise StrobeError(f"{peer.name} cannot run here: {reason}")
-    providers = [*(of_rung(rung, sizes) for rung in rungs), *map(of_peer, named)]
+    settled = [
+        of_rung(rung, settled=True)
+        for rung in rungs
+        if phase == "decode" and str(rung) in ladder.FASTEST_FIRST[phase] and rung.reads_settled
+    ]
+    providers = [*(of_rung(rung, sizes) for rung in rungs), *settled, *map(of_peer, named)]
     rows: list[dict[str, Any]] = []
     roof = ceilings(where, dtype)
     bar, task = console.progress(len(cases), "shapes")

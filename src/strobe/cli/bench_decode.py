@@ -50,8 +50,10 @@ def decode(
 ) -> None:
     """Check, then time decode kernels and peers: µs, GB/s, and the share of the measured read ceiling.
 
-    On a GPU by CUDA-graph replay over caches that together outgrow the L2 cache, pages shuffled. The figure
-    is of the ceiling's share against the context, a panel for each batch.
+    On a GPU by CUDA-graph replay over caches that together outgrow the L2 cache, pages shuffled. Launches
+    follow one another in turn; beside that the production kernel is timed as the engine runs it, "settled": a
+    launch starts, and reads old keys, beside the end of the one ahead. No peer does that. The figure is of
+    the ceiling's share against the context, a panel for each batch.
     """
     from strobe.attention.cases import decode_shape
     from strobe.bench import append as append_bench
@@ -77,8 +79,6 @@ def decode(
     if append:
         rows += append_bench.measure(shape, tokens, torch_dtype(dtype), where)
     result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
-    if not rows:
-        console.note("no kernel runs these shapes here: `strobe explain` says why")
     if save is not None:
         result.save(default_path("decode") if str(save) == "auto" else save)
     if plot is not None:

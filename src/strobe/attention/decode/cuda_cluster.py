@@ -17,6 +17,7 @@ from strobe.cuda import jit
 IDEA = "a cluster of SMs a key head, its tiles dealt out, merged through distributed shared memory"
 
 MAX_BATCH = 65535
+READS_SETTLED = True
 _SOURCE = Path(__file__).with_suffix(".cu")
 _HALF_AN_SM = 113 * 1024
 _SMS = 128

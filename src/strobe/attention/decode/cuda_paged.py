@@ -18,6 +18,7 @@ from strobe.device import gpu
 IDEA = "the keys of all rows and heads cut evenly among the SMs, each warp streams its own tiles, one launch"
 
 MAX_BATCH = 4096
+READS_SETTLED = True
 _SOURCE = Path(__file__).with_suffix(".cu")
 _SMS = 132
 """What shapes that are compiled ahead are chosen for."""
@@ -171,8 +172,8 @@ def _capture_id(stream: int) -> object:
 
 
 def _blocks(sms: int, segments: int) -> int:
-    """One block an SM, or up to a sixteenth less where, in a batch of equal lengths, a segment then has blocks
-    of its own, or a block one or two segments: one that ends a segment and begins another is late for both."""
+    """One block an SM, or up to a sixteenth less where, lengths being equal, a segment then has blocks of its
+    own, or a block one or two segments: one that ends a segment and begins another is late for both."""
     if segments > 2 * sms:
         return sms
     even = (n for n in range(sms, sms - sms // 16 - 1, -1) if n % segments == 0 or segments % n == 0)
