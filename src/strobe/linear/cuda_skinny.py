@@ -75,16 +75,19 @@ class Shape:
 def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Shape:
     """For a device of `sm_count` SMs whose blocks may have `shared_bytes`.
 
-    Blocks are equal, a whole number of rounds of one an SM, each of up to `most` tiles: larger ones read
-    x less often, smaller ones leave a shorter tail and a deeper ring. 5 was the best of 3 to 6 for up to
-    8 tokens, 8 of 4 to 10 for 16.
+    Blocks are equal, a whole number of rounds of one an SM, or of two where two fit, each of up to `most`
+    tiles: larger ones read x less often, smaller ones leave a shorter tail and a deeper ring. 5 was the
+    best of 3 to 6 for up to 8 tokens, 8 of 4 to 10 for 16.
     """
     tokens = 1 << (problem.tokens - 1).bit_length()
     rows = _ROWS // 2 if problem.swiglu else _ROWS  # of results in a tile
     tiles = -(-problem.columns // rows)
     room = _room(problem, shared_bytes) - 4 * _WARPS * tokens  # behind the sums of squares
+    shares_an_sm = 2 * room < shared_bytes
     for most in (8, 5, 4, 3, 2, 1) if tokens > 8 else (5, 4, 3, 2, 1):
         rounds = -(-tiles // (most * sm_count))
+        if rounds > 1 and shares_an_sm:
+            rounds += rounds % 2
         each = -(-problem.columns // (rounds * sm_count))
         held = -(-each // rows)
         stage = 16 * _STEPS * (32 * held + 4 * tokens + 4 * problem.norm)
