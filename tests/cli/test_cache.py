@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,10 @@ from strobe.cuda import jit
 
 from .conftest import Cli
 
-pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
-
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> jit.Source:
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
     monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "twice.cu"
     path.write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= FACTOR; }\n')
@@ -30,6 +32,36 @@ def test_list_then_clear(cli: Cli, source: jit.Source) -> None:
     assert "FACTOR=2" in cli("cache", "list").out
     assert "1 compiled kernel" in cli("cache", "clear").err
     assert json.loads(cli("cache", "list", "--json").out) == []
+
+
+def test_the_cpus_kernels_are_listed_and_cleared_too(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    (tmp_path / "program.py").write_text(
+        "from strobe.cpu.jit import compiled, kernel\n"
+        "@compiled('float32(float32)')\n"
+        "def twice(x):\n"
+        "    return x + x\n"
+        "def outer():\n"
+        "    @kernel\n"
+        "    def nothing(at):\n"
+        "        pass\n"
+        "outer()\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environ["STROBE_CACHE_DIR"] = str(tmp_path / "cache")
+    subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environ, check=True, timeout=120)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path / "cache"))
+        listed = json.loads(cli("cache", "list", "--json").out)
+        assert [(e["name"], e["arch"]) for e in listed] == [
+            ("program.nothing", "cpu"),
+            ("program.twice", "cpu"),
+        ]
+        assert all(e["bytes"] > 100 for e in listed)
+        assert "program.twice" in cli("cache", "list").out
+        assert "2 compiled kernels" in cli("cache", "clear").err
+        assert not list((tmp_path / "cache" / "numba").iterdir())
+        assert json.loads(cli("cache", "list", "--json").out) == []
 
 
 def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:

@@ -18,29 +18,21 @@ app = typer.Typer(help="The compiled kernels on disk.", no_args_is_help=True)
 @app.command("list")
 def list_(json: Json = False) -> None:
     """List the compiled kernels."""
+    from strobe.cpu import cache as cpu_cache
     from strobe.cuda import cache
 
-    entries = cache.entries()
+    kept = [(e.name, e.arch, dict(e.defines), e.size, e.age_s) for e in cache.entries()]
+    kept += [(e.name, "cpu", {}, e.size, e.age_s) for e in cpu_cache.entries()]
     if json:
-        console.write_json(
-            [
-                {
-                    "name": e.name,
-                    "arch": e.arch,
-                    "defines": dict(e.defines),
-                    "bytes": e.size,
-                    "age_s": e.age_s,
-                }
-                for e in entries
-            ]
-        )
+        names = ("name", "arch", "defines", "bytes", "age_s")
+        console.write_json([dict(zip(names, entry, strict=True)) for entry in kept])
         return
-    if not entries:
-        console.note(f"no compiled kernels in {cache.folder()}")
+    if not kept:
+        console.note(f"no compiled kernels in {cache.folder()} and {cpu_cache.folder()}")
         return
     rows = [
-        [e.name, e.arch, " ".join(f"{k}={v}" for k, v in e.defines), console.bytes_text(e.size)]
-        for e in entries
+        [name, arch, " ".join(f"{k}={v}" for k, v in defines.items()), console.bytes_text(size)]
+        for name, arch, defines, size, _ in kept
     ]
     console.write_table(["kernel", "arch", "defines", "size"], rows)
 
@@ -74,6 +66,8 @@ def warm(
 @app.command()
 def clear() -> None:
     """Delete every compiled kernel."""
+    from strobe.cpu import cache as cpu_cache
     from strobe.cuda import cache
 
-    console.note(f"{cache.clear()} compiled kernels deleted from {cache.folder()}")
+    for each in (cache, cpu_cache):
+        console.note(f"{each.clear()} compiled kernels deleted from {each.folder()}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from strobe import settings
+from strobe.cpu.cache import folder
 
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered and products contracted with additions; NaN and infinity keep their meaning."""
@@ -109,7 +109,7 @@ def _cache_folder() -> Iterator[None]:
 
     was = config.CACHE_DIR
     if not was:
-        config.CACHE_DIR = str(settings.load().cache_dir / "numba" / _version())
+        config.CACHE_DIR = str(folder() / _version())
     try:
         yield
     finally:
