@@ -150,14 +150,17 @@ def kernel(head_dim: int) -> jit.Kernel:
                     for c in range(0, n, _NEAR):
                         near, offsets = min(_NEAR, n - c), keys_at + 8 * c
                         for kv_head in range(first_kv, first_kv + heads_a_part):
-                            of_keys, head = k_at + kv_head * k_head, kv_head * group
-                            for _ in range(group // 2):
+                            of_keys, end = k_at + kv_head * k_head, (kv_head + 1) * group
+                            for head in range(kv_head * group, end, 2):
                                 of_query, into = query + head * q_head, scores_at + 4 * (head * _KEYS + c)
-                                dot_products(of_query, of_keys, offsets, near, into, score_strides, size, 2)
-                                head += 2
-                            if group % 2:
-                                of_query, into = query + head * q_head, scores_at + 4 * (head * _KEYS + c)
-                                dot_products(of_query, of_keys, offsets, near, into, score_strides, size, 1)
+                                if head + 1 < end:
+                                    dot_products(
+                                        of_query, of_keys, offsets, near, into, score_strides, size, 2
+                                    )
+                                else:
+                                    dot_products(
+                                        of_query, of_keys, offsets, near, into, score_strides, size, 1
+                                    )
                     for head in range(first_head, last_head):
                         scored = scores[head, : -(-n // 16) * 16]
                         top = max(highest[head], _scaled(scored, n, scale, softcap))
@@ -165,22 +168,14 @@ def kernel(head_dim: int) -> jit.Kernel:
                         weight[head] = weight[head] * shrink[head] + _weigh(scored, top)
                         highest[head] = top
                     for kv_head in range(first_kv, first_kv + heads_a_part):
-                        of_values, head = v_at + kv_head * v_head, kv_head * group
-                        for _ in range(group // 2):
-                            by, into, kept = (
-                                scores_at + 4 * head * _KEYS,
-                                sums_at + 4 * head * size,
-                                shrink_at + 4 * head,
-                            )
-                            add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 2)
-                            head += 2
-                        if group % 2:
-                            by, into, kept = (
-                                scores_at + 4 * head * _KEYS,
-                                sums_at + 4 * head * size,
-                                shrink_at + 4 * head,
-                            )
-                            add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 1)
+                        of_values, end = v_at + kv_head * v_head, (kv_head + 1) * group
+                        for head in range(kv_head * group, end, 2):
+                            by, into = scores_at + 4 * head * _KEYS, sums_at + 4 * head * size
+                            kept = shrink_at + 4 * head
+                            if head + 1 < end:
+                                add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 2)
+                            else:
+                                add_weighted(by, of_values, values_at, n, into, kept, sum_strides, size, 1)
                 for head in range(first_head, last_head):
                     sink = _NOTHING if sinks_at == 0 else floats(sinks_at, (q_heads,))[head]
                     out = floats(out_at + 4 * ((token + i) * q_heads + head) * size, (size,))
