@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -111,6 +113,29 @@ def test_a_part_that_overruns_is_stopped_with_its_children(runner: ModuleType, t
     assert time.monotonic() - start < 30
     assert row["exit_status"] == "deadline"
     assert not runner.well(row)
+
+
+def test_a_stopped_run_takes_its_parts_with_it(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    part = (
+        f"import fcntl, time; file = open({str(lock)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('locked', file=file, flush=True); time.sleep(60)"
+    )
+    program = (
+        "import pathlib, signal, sys, run; signal.signal(signal.SIGTERM, run.stop); "
+        f"run.run(run.Part('slow', (sys.executable, '-c', {part!r})), 60, pathlib.Path({str(tmp_path)!r}))"
+    )
+    folders = os.pathsep.join(str(ROOT / folder) for folder in ("tests/gpu", "src"))
+    runner = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": folders})
+    while not (lock.is_file() and lock.read_text()):
+        assert runner.poll() is None
+        time.sleep(0.05)
+    runner.terminate()
+    assert runner.wait(30) == 128 + signal.SIGTERM
+    start = time.monotonic()
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for the end of whoever holds it
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,18 @@ OPS = ("test_cache_ops.py", "test_linear_rungs.py", "test_sampling.py")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
 
+_running: set[int] = set()
+"""Process groups of the parts that run."""
+
+
+def stop(signum: int, frame: object) -> None:
+    """End with all that was started: parts are sessions of their own, which no signal to this one reaches."""
+    for group in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    os._exit(128 + signum)
+
+
 @dataclass(frozen=True)
 class Part:
     """One process: `name` is what its row is known by, `argv` how it is started."""
@@ -74,17 +86,22 @@ def report(folder: Path, part: str) -> Path:
 
 def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
     which, split = ("few", 1) if quick else ("all", 4)
-    programs: list[tuple[str, tuple[str, ...]]] = [
-        (f"{rung} {index}/{split}", (str(Path(sanitized.__file__)), rung, f"{index}/{split}", which))
+    # without torch's caching, each tensor's end is an allocation's end, where memcheck sees it
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    programs: list[tuple[str, tuple[str, ...], dict[str, str]]] = [
+        (
+            f"{rung} {index}/{split}",
+            (str(Path(sanitized.__file__)), rung, f"{index}/{split}", which),
+            uncached,
+        )
         for rung in sanitized.rungs()
         for index in range(split)
     ]
     for name in OPS:
         file = ROOT / "tests" / "gpu" / name
         if file.is_file() and not quick:
-            programs.append((Path(name).stem, ("-m", "pytest", "-q", "-m", "gpu", str(file))))
-    # without torch's caching, each tensor's end is an allocation's end, where memcheck sees it
-    environ = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            # these capture graphs, in which nothing may be allocated but from torch's cache
+            programs.append((Path(name).stem, ("-m", "pytest", "-q", "-m", "gpu", str(file)), {}))
     return [
         Part(
             f"{tool} {name}",
@@ -93,7 +110,7 @@ def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
             environ,
         )
         for tool in TOOLS
-        for name, program in programs
+        for name, program, environ in programs
     ]  # fmt: skip
 
 
@@ -106,6 +123,7 @@ def run(part: Part, deadline_s: float, logs: Path) -> dict[str, Any]:
         child = subprocess.Popen(
             part.argv, cwd=ROOT, env=environ, stdout=out, stderr=out, start_new_session=True
         )
+        _running.add(child.pid)
         try:
             status: int | str = child.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -114,6 +132,7 @@ def run(part: Part, deadline_s: float, logs: Path) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            _running.discard(child.pid)
     told = log.read_text(encoding="utf-8", errors="replace")
     row = {"part": part.name, "exit_status": status, "s": round(time.monotonic() - start, 1)}
     found = _SUMMARY.findall(told)
@@ -160,6 +179,8 @@ def main() -> int:
     if given.what == "sanitize" and sanitizer is None:
         sys.stderr.write("error: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)\n")
         return 2
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     logs = Path(tempfile.mkdtemp(prefix="strobe-gpu-"))
     parts = test_parts(logs) if given.what == "tests" else sanitizer_parts(str(sanitizer), given.quick)
     parts = [part for part in parts if given.only in part.name]

@@ -60,6 +60,9 @@ class CudaRecorder:
             except BaseException:
                 with suppress(RuntimeError):  # a capture that a call has broken says so again
                     graph.capture_end()
+                self._pool = (
+                    torch.cuda.graph_pool_handle()
+                )  # torch takes no pool again that lost its only graph
                 raise
             graph.capture_end()
         current.wait_stream(self._stream)
