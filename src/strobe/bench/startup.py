@@ -152,7 +152,7 @@ def _kernels(given: dict[str, Any]) -> dict[str, Any]:
     """In the child: seconds until each source's variants are there, on the GPU where there is one."""
     from strobe import device
     from strobe.cuda import jit, sources
-    from strobe.cuda.launch import load_module
+    from strobe.cuda.driver import load_module
 
     arch = given["arch"]
     on_gpu = device.has_gpu() and jit.arch_of() == arch

@@ -42,9 +42,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from strobe.cuda import cache as disk
-from strobe.cuda import nvrtc
+from strobe.cuda import driver, nvrtc
 from strobe.cuda.cubin import Cubin, Resources
-from strobe.cuda.launch import Dim, Kernel, Launch, load_module
+from strobe.cuda.launch import Dim, Kernel, Launch
 from strobe.cuda.nvrtc import Define, supported_archs
 from strobe.cuda.tensor_map import TensorMap, tensor_map
 from strobe.device import gpu, resolve
@@ -133,7 +133,7 @@ def _load(source: Path, entry: str, defines: Mapping[str, Define], device: int) 
     cubin = compile(source, defines, arch_of(device))
     where = (id(cubin), device)  # _in_memory keeps every cubin, so ids are not reused
     if where not in _modules:
-        _modules[where] = load_module(cubin, device)
+        _modules[where] = driver.load_module(cubin, device)
     return Kernel(cubin, _modules[where], entry, device)
 
 

@@ -1,4 +1,4 @@
-"""A kernel on a device: loading, packing its arguments, launching.
+"""A kernel on a device: its arguments packed, and launched.
 
 Launches go through the address of `cuLaunchKernelEx` and ctypes structures laid out as cuda.h has
 them: building the bindings' own config objects costs several times the launch itself.
@@ -7,17 +7,17 @@ them: building the bindings' own config objects costs several times the launch i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from strobe.cuda import driver
 from strobe.cuda.cubin import Cubin, Resources
 from strobe.errors import DeviceError
 
 Dim = int | tuple[int, ...]
 
-_COOPERATIVE, _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 4, 6
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _ERROR_INVALID_CONTEXT = 201
 
 
@@ -63,7 +63,6 @@ class Launch:
         shared_bytes: int = 0,
         cluster: Dim | None = None,
         programmatic: bool = False,
-        cooperative: bool = False,
     ) -> None:
         self._kernel = kernel
         if isinstance(args, ctypes.Structure):
@@ -73,8 +72,8 @@ class Launch:
             self.args = [_argument(arg) for arg in args]
             self._pointers = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
         self._config = _Config(*_dim3(grid), *_dim3(block), shared_bytes)
-        if cluster is not None or programmatic or cooperative:
-            attributes = _attributes(cluster, programmatic, cooperative)
+        if cluster is not None or programmatic:
+            attributes = _attributes(cluster, programmatic)
             self._config.attributes = ctypes.addressof(attributes)
             self._config.attribute_count = len(attributes)
         self._at = ctypes.addressof(self._config), ctypes.addressof(self._pointers)
@@ -109,17 +108,17 @@ class Kernel:
     """
 
     def __init__(self, cubin: Cubin, module: Any, entry: str, device: int) -> None:
-        driver = _driver()
         self.name = entry
         self.device = device
         self.resources: Resources | None = cubin.resources().get(entry)
         looking_up = f"looking {entry} up in {cubin.name}"
-        (self._handle,) = _check(driver.cuModuleGetFunction(module, entry.encode()), looking_up)
-        attribute = driver.CUfunction_attribute
-        optin = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        (most,) = _check(driver.cuDeviceGetAttribute(optin, device), looking_up)
+        cuda = driver.bindings()
+        (self._handle,) = driver.check(cuda.cuModuleGetFunction(module, entry.encode()), looking_up)
+        attribute = cuda.CUfunction_attribute
+        optin = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        (most,) = driver.check(cuda.cuDeviceGetAttribute(optin, device), looking_up)
         fixed = attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-        (static,) = _check(driver.cuFuncGetAttribute(fixed, self._handle), looking_up)
+        (static,) = driver.check(cuda.cuFuncGetAttribute(fixed, self._handle), looking_up)
         self.max_shared_bytes: int = most - static
         self._set(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.max_shared_bytes)
         if int(cubin.arch.removeprefix("sm_").rstrip("af")) >= 90:
@@ -163,7 +162,7 @@ class Kernel:
     def prepare(
         self, grid: Dim, block: Dim, args: ctypes.Structure | Sequence[Any], **options: Any
     ) -> Launch:
-        """Pack once, launch often. Options: shared_bytes, cluster, programmatic, cooperative (as Launch)."""
+        """Pack once, launch often. Options: shared_bytes, cluster, programmatic (as Launch)."""
         return Launch(self, grid, block, args, **options)
 
     def prefer_shared_memory(self) -> None:
@@ -173,18 +172,13 @@ class Kernel:
         other must ask for the same, whatever they need for themselves.
         """
         if not self._prefers_shared_memory:
-            attribute = _driver().CUfunction_attribute
+            attribute = driver.bindings().CUfunction_attribute
             self._set(attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
             self._prefers_shared_memory = True
 
-    def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
-        """How many blocks of this size one SM holds at a time."""
-        count = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor
-        return int(_check(count(self._handle, threads, shared_bytes), f"counting blocks of {self.name}")[0])
-
     def _set(self, attribute: Any, value: int) -> None:
         setting = f"setting {attribute.name} of {self.name}"
-        _check(_driver().cuFuncSetAttribute(self._handle, attribute, value), setting)
+        driver.check(driver.bindings().cuFuncSetAttribute(self._handle, attribute, value), setting)
 
     def _launch(self, config: _Config, at: tuple[int, int], stream: int | None) -> None:
         """Launch with the config and the pointers to the arguments that stand at these addresses."""
@@ -198,56 +192,22 @@ class Kernel:
         config_at, pointers_at = at
         status = self._launch_kernel(config_at, self._function, pointers_at, None)
         if status == _ERROR_INVALID_CONTEXT:  # this thread has made no CUDA call yet
-            make_current(self.device)
+            driver.make_current(self.device)
             status = self._launch_kernel(config_at, self._function, pointers_at, None)
         if status:
             raise DeviceError(
                 f"launching {self.name} (grid {config.grid}, block {config.block}, "
-                f"{config.shared_bytes} B shared of {self.max_shared_bytes}): {describe(status)}"
+                f"{config.shared_bytes} B shared of {self.max_shared_bytes}): {driver.describe(status)}"
             )
 
 
-def load_module(cubin: Cubin, device: int) -> Any:
-    """Load a cubin on a device, also while a stream is being captured."""
-    make_current(device)
-    with relaxed_capture():
-        image = ctypes.create_string_buffer(cubin.image, len(cubin.image))
-        loading = f"loading {cubin.name} for {cubin.arch}"
-        return _check(_driver().cuModuleLoadData(ctypes.addressof(image)), loading)[0]
-
-
-@contextmanager
-def relaxed_capture() -> Iterator[None]:
-    """Calls of this thread that a stream's capture would forbid are allowed: loading, allocating, waiting."""
-    driver = _driver()
-    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    (mode,) = _check(driver.cuThreadExchangeStreamCaptureMode(relaxed), "entering relaxed capture")
-    try:
-        yield
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(mode)
-
-
-def make_current(device: int) -> None:
-    """Make torch's (the primary) context of `device` current in this thread."""
-    _check(_driver().cuCtxSetCurrent(_primary_context(device)), f"entering cuda:{device}")
-
-
-@cache
-def _primary_context(device: int) -> Any:
-    _check(_driver().cuInit(0), "starting CUDA")
-    return _check(_driver().cuDevicePrimaryCtxRetain(device), f"opening cuda:{device}")[0]
-
-
 @cache  # launches hold the address only: every set of attributes lives on
-def _attributes(cluster: Dim | None, programmatic: bool, cooperative: bool) -> Any:
+def _attributes(cluster: Dim | None, programmatic: bool) -> Any:
     found = []
     if cluster is not None:
         found.append(_Attribute(_CLUSTER_DIMENSION, 0, _dim3(cluster)))
     if programmatic:
         found.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
-    if cooperative:
-        found.append(_Attribute(_COOPERATIVE, 0, (1,)))
     return (_Attribute * len(found))(*found)
 
 
@@ -269,34 +229,12 @@ def _dim3(dim: Dim) -> tuple[int, int, int]:
 
 
 @cache
-def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-
-        driver.cuDriverGetVersion()
-    except (ImportError, RuntimeError) as error:
-        raise DeviceError(
-            f"the CUDA driver cannot be loaded: {' '.join(str(error).split())}",
-            hint="CUDA kernels need an NVIDIA GPU, its driver, and pip install 'strobe[gpu]'",
-        ) from error
-    return driver
-
-
-@cache
 def _launch_kernel() -> Callable[..., int]:
-    address = driver_function("cuLaunchKernelEx", 11060)
+    address = driver.function_address("cuLaunchKernelEx", 11060)
     prototype = ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
     )
     return prototype(address)
-
-
-def driver_function(name: str, version: int) -> int:
-    """The address of a driver function as of a CUDA version (12020 is 12.2)."""
-    address, _ = _check(_driver().cuGetProcAddress(name.encode(), version, 0), f"looking {name} up")
-    if not int(address):
-        raise DeviceError(f"the CUDA driver has no {name}", hint="update the NVIDIA driver")
-    return int(address)
 
 
 @cache
@@ -306,20 +244,3 @@ def _torch_state() -> tuple[Callable[[int], int], Callable[[], int]]:
 
     torch.cuda.init()
     return torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
-
-
-def _check(answer: tuple[Any, ...], doing: str) -> tuple[Any, ...]:
-    status, *values = answer
-    if status.value:
-        raise DeviceError(f"{doing}: {describe(status.value)}")
-    return tuple(values)
-
-
-def describe(status: int) -> str:
-    driver = _driver()
-    try:
-        result = driver.CUresult(status)
-    except ValueError:
-        return f"CUDA error {status}"
-    _, text = driver.cuGetErrorString(result)
-    return f"{result.name}: {text.decode() if text else 'no text'}"

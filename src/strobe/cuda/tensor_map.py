@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache, lru_cache
 
-from strobe.cuda import launch
+from strobe.cuda import driver
 from strobe.errors import DeviceError
 
 _DTYPES = {
@@ -75,7 +75,7 @@ def tensor_map(
     if status:
         raise DeviceError(
             f"no tensor map of {dtype} sizes {sizes}, strides {strides_bytes} B, box {box}, "
-            f"swizzle {swizzle}: {launch.describe(status)}"
+            f"swizzle {swizzle}: {driver.describe(status)}"
         )
     return result
 
@@ -87,4 +87,4 @@ def _encode() -> Callable[..., int]:
         ctypes.c_int, pointer, number, number, pointer, pointer, pointer, pointer, pointer,
         number, number, number, number,
     )  # fmt: skip
-    return prototype(launch.driver_function("cuTensorMapEncodeTiled", 12000))
+    return prototype(driver.function_address("cuTensorMapEncodeTiled", 12000))

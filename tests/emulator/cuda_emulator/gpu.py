@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from cuda_emulator import kernel, tensor_map
-from strobe.cuda import jit, launch
+from strobe.cuda import driver, jit
 
 _indices: dict[int, int] = {}
 
@@ -37,7 +37,7 @@ def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iter
         shared_memory_per_block_optin=227 << 10,
     )
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
-    driver = SimpleNamespace(
+    bindings = SimpleNamespace(
         CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
         cuThreadExchangeStreamCaptureMode=lambda mode: (SimpleNamespace(value=0), mode),
     )
@@ -58,7 +58,7 @@ def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iter
             "_cuda_isCurrentStreamCapturing": lambda: False,
         },
         jit: {"kernel": kernel.kernel, "tensor_map": tensor_map.tensor_map, "arch_of": lambda *_: "sm_90a"},
-        launch: {"_driver": lambda: driver},
+        driver: {"bindings": lambda: bindings},
         kernel: {"last_block_first": last_block_first},
     }
     with ExitStack() as stack:

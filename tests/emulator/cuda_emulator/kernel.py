@@ -89,7 +89,6 @@ class Launch:
         shared_bytes: int = 0,
         cluster: Dim | None = None,
         programmatic: bool = False,
-        cooperative: bool = False,
     ) -> None:
         self.kernel, self.grid, self.block = kernel, _dim3(grid), _dim3(block)
         self.cluster, self.shared_bytes = _dim3(cluster or 1), shared_bytes
@@ -147,9 +146,6 @@ class Kernel:
 
     def prefer_shared_memory(self) -> None:
         pass
-
-    def blocks_per_sm(self, threads: int, shared_bytes: int = 0) -> int:
-        return max(1, min(2048 // threads, (self.max_shared_bytes + 1024) // (shared_bytes + 1024)))
 
     def run(self, launch: _Launch) -> None:
         failed = self._emulate(self._entry, ctypes.addressof(launch))

@@ -12,7 +12,7 @@ import torch
 from strobe.attention import paged
 from strobe.attention.paged_launch import PagedLaunch, Params
 from strobe.attention.problem import AttentionProblem, Paged
-from strobe.cuda import jit
+from strobe.cuda import driver, jit
 from strobe.device import gpu
 
 IDEA = "the keys of all rows and heads cut evenly among the SMs, each warp streams its own tiles, one launch"
@@ -165,9 +165,7 @@ def _partials(layout: Paged, where: torch.device, shape: Shape, blocks: int) -> 
 
 def _capture_id(stream: int) -> object:
     """Tells the capture under way on a stream from every other; new at each call if the driver is mute."""
-    from cuda.bindings import driver
-
-    status, *found = driver.cuStreamGetCaptureInfo(stream)
+    status, *found = driver.bindings().cuStreamGetCaptureInfo(stream)
     return object() if status.value else int(found[1])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
 from strobe.cuda import jit
-from strobe.cuda.launch import relaxed_capture
+from strobe.cuda.driver import relaxed_capture
 
 ROWS = 64
 """Queries of a consumer."""

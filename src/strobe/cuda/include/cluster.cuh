@@ -21,9 +21,6 @@ __device__ __forceinline__ u32 cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Its two halves: between them a thread may do what the others need not wait for.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The value at `p`, an address in this block's shared memory, in the block of that rank.
 __device__ __forceinline__ u64 load_remote(const u64* p, u32 rank) {
@@ -65,8 +62,6 @@ __device__ __forceinline__ float4 load_remote(const float4* p, u32 rank) {
 __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ u32 cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
 __device__ __forceinline__ u64 load_remote(const u64* p, u32) { return *p; }
 __device__ __forceinline__ float2 load_remote(const float2* p, u32) { return *p; }
 __device__ __forceinline__ float4 load_remote(const float4* p, u32) { return *p; }

@@ -5,8 +5,6 @@
 
 inline u32 cluster_rank() { return emulator::cluster_rank(); }
 inline u32 cluster_size() { return emulator::cluster_size(); }
-inline void cluster_arrive(Where where = Where::current()) { emulator::cluster_arrive(where); }
-inline void cluster_wait(Where where = Where::current()) { emulator::cluster_wait(where); }
 inline void cluster_sync(Where where = Where::current()) {
   emulator::cluster_arrive(where);
   emulator::cluster_wait(where);
