@@ -38,6 +38,12 @@ def test_a_gpu_that_is_not_there() -> None:
         device.gpu()
 
 
+@pytest.mark.parametrize("name", ["gpu", "meta", "mps", "cuda:", "cuda:-1", "cuda:x", "cpu ", ""])
+def test_what_is_no_device_is_told_what_is(name: str) -> None:
+    with pytest.raises(DeviceError, match=r"supported: auto, cpu, cuda, cuda:N"):
+        device.resolve(name)
+
+
 @pytest.mark.gpu
 def test_gpu_is_described() -> None:
     gpu = device.machine().gpus[0]

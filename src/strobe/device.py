@@ -10,10 +10,12 @@ import os
 import platform
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from strobe.errors import DeviceError
+from strobe.settings import DEVICE_NAME, DEVICE_NAMES
 
 _LIBRARIES = (
     "torch",
@@ -81,8 +83,10 @@ def resolve(device: str) -> str:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" stands for.
 
     Raises:
-        DeviceError: a GPU was asked for and this machine has none of that number.
+        DeviceError: another name, or a GPU that this machine does not have.
     """
+    if not DEVICE_NAME.fullmatch(device):
+        raise DeviceError(f"device {device!r:.60}; supported: {DEVICE_NAMES}")
     if device == "auto":
         return "cuda" if has_gpu() else "cpu"
     if device.startswith("cuda"):
@@ -96,8 +100,9 @@ def resolve(device: str) -> str:
     return device
 
 
+@cache
 def gpu(index: int = 0) -> Gpu:
-    """One GPU's figures, read from torch.
+    """One GPU's figures, read from torch once.
 
     Raises:
         DeviceError: there is no such GPU.

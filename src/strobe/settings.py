@@ -19,6 +19,8 @@ from strobe.errors import SettingsError, did_you_mean
 
 PREFIX = "STROBE_"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+DEVICE_NAMES = "auto, cpu, cuda, cuda:N"
 
 
 def _platform_cache_dir() -> Path:
@@ -39,8 +41,8 @@ def _path(text: str) -> Path:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise ValueError("auto, cpu, cuda, cuda:N")
+    if not DEVICE_NAME.fullmatch(text):
+        raise ValueError(DEVICE_NAMES)
     return text
 
 
