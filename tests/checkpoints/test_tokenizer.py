@@ -263,6 +263,8 @@ def test_ids_that_no_token_has_are_silent(byte_level):
     ours = Tokenizer(byte_level)
     assert ours.vocab_size == byte_level.get_vocab_size()
     assert ours.decode([ours.vocab_size, 10**6]) == ""
+    ours.decode(range(ours.vocab_size + 5000))
+    assert len(ours._bytes) <= ours.vocab_size, "ids that a client makes up are not kept"
 
 
 def test_lone_surrogates_are_the_prompt_s_fault(byte_level):

@@ -178,15 +178,15 @@ class Tokenizer:
         """What one token stands for; nothing for an id that the vocabulary has no token for."""
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = self._spell(token_id)
+            token = self._backend.id_to_token(token_id)
+            if token is None:  # not kept: a client may make up any number of them
+                return b""
+            found = self._bytes[token_id] = self._spell(token_id, token)
         return found
 
-    def _spell(self, token_id: int) -> bytes:
+    def _spell(self, token_id: int, token: str) -> bytes:
         if token_id in self._added:
-            return self._added[token_id].content.encode()
-        token = self._backend.id_to_token(token_id)
-        if token is None:
-            return b""
+            return token.encode()
         if self._byte_level:
             return b"".join(self._byte_of.get(character, character.encode()) for character in token)
         if spelled := _BYTE_PIECE.fullmatch(token):
