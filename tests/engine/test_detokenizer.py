@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -106,6 +107,27 @@ def test_stop_string_over_many_tokens_is_held_back_until_it_is_sure():
     assert detokenizer.push(b"D") == ""
     assert detokenizer.stopped_by == "END"
     assert detokenizer.finish() == ""
+
+
+def test_long_stop_strings_cost_a_look_a_character():
+    """A client may send 64 of 1024 characters, and see to it that one of them is nearly there all the time."""
+    stop = ["a" * 900 + "b", *(chr(ord("c") + index) * 1024 for index in range(20)), "a" * 1000]
+    detokenizer, looks = Detokenizer(Bytes(), [], stop), 0
+
+    def count(frame, event, function):
+        nonlocal looks
+        looks += event == "c_call" and function.__name__ == "endswith"
+
+    tokens = [b"a" * 3] * 333
+    sys.setprofile(count)
+    try:
+        told = "".join(detokenizer.push(token) for token in tokens)
+    finally:
+        sys.setprofile(None)
+    assert (told, detokenizer.stopped_by) == ("", None)
+    assert looks <= 2 * len(stop) * 999
+    assert detokenizer.push(b"a") == ""
+    assert detokenizer.stopped_by == stop[-1]
 
 
 @pytest.mark.parametrize("unfinished", [b"\xe2", b"\xe2\x82", b"\xf0\x9f\x98"])

@@ -26,6 +26,8 @@ class Detokenizer:
         self.stopped_by: str | None = None
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._begun = [0] * len(self._stop)
+        """How much of each stop string the held text ends with."""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._begins = not any(tokenizer.bytes_of((token,)) for token in reversed(prompt))
         self._held = ""
@@ -57,21 +59,29 @@ class Detokenizer:
         """The part of `text`, after what is held, that no stop string can still claim."""
         if not self._stop:
             return text
-        text, self._held = self._held + text, ""
+        new, text, self._held = len(text), self._held + text, ""
         if not stops:
+            self._begun = [0] * len(self._stop)
             return text
-        found = [(text.index(stop), stop) for stop in self._stop if stop in text]
-        if found:
+        # what was held has no whole stop string in it: one that is found ends in the new text
+        places = ((text.find(stop, max(0, len(text) - new - len(stop) + 1)), stop) for stop in self._stop)
+        if found := [place for place in places if place[0] >= 0]:
             end, self.stopped_by = min(found, key=lambda match: (match[0], -len(match[1])))
             return text[:end]
-        end = len(text) - max(_overlap(text, stop) for stop in self._stop)
+        self._begun = [
+            _begun(text, stop, begun + new) for stop, begun in zip(self._stop, self._begun, strict=True)
+        ]
+        end = len(text) - max(self._begun)
         self._held = text[end:]
         return text[:end]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
+def _begun(text: str, stop: str, most: int) -> int:
+    """Length of the longest end of `text` that `stop` begins with, known to be no longer than `most`.
+
+    What one call looks through in vain the next ones need not: over a text that is a look a character.
+    """
+    for length in range(min(most, len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
     return 0
