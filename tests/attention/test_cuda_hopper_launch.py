@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr(jit, "kernel", lambda *_: found)
-    monkeypatch.setattr(cuda_hopper, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(cuda_hopper, "gpu", lambda _: SimpleNamespace(sm_count=132))
     monkeypatch.setattr(launching, "next_tile", lambda *_: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
     return found

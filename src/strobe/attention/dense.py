@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense
-
-SCALAR = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
-"""A dtype's name in CUDA (types.cuh)."""
+from strobe.cuda import jit
 
 _GRID_Y_MAX = 65535
 _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
@@ -82,7 +80,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def refusals(problem: AttentionProblem, dtypes: tuple[str, ...] = tuple(SCALAR)) -> list[str]:
+def refusals(problem: AttentionProblem, dtypes: tuple[str, ...] = tuple(jit.SCALAR)) -> list[str]:
     """What the teaching kernels leave to the production rungs, each by name."""
     reasons = []
     if problem.device != "cuda":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from strobe.attention.problem import AttentionProblem, Dense, Layout, Options, Packed, Paged
+from strobe.device import gpu
 from strobe.errors import ProblemError
 
 DTYPE_NAMES = {
@@ -226,14 +227,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
     )
 
 
-_ARCH: dict[int, int] = {}
-
-
 def _arch(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    if index not in _ARCH:
-        major, minor = torch.cuda.get_device_capability(index)
-        _ARCH[index] = 10 * major + minor
-    return _ARCH[index]
+    return gpu(device.index if device.index is not None else torch.cuda.current_device()).arch

@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 
-from strobe.attention import dense
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
 from strobe.cuda import jit
 
@@ -80,7 +79,7 @@ def params(
 
 def defines(problem: AttentionProblem) -> dict[str, jit.Define]:
     return {
-        "scalar_t": dense.SCALAR[problem.dtype],
+        "scalar_t": jit.SCALAR[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "PAGE_SIZE": problem.page_size,
     }

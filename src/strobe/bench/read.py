@@ -46,5 +46,4 @@ def first_words(data: torch.Tensor) -> int:
 
 
 def sources(arch: str) -> list[jit.Source]:
-    number = int("".join(digit for digit in arch if digit.isdigit()))
-    return [jit.Source(_SOURCE, _DEFINES)] if number >= 90 else []
+    return [jit.Source(_SOURCE, _DEFINES)] if jit.arch_number(arch) >= 90 else []

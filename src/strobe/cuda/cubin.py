@@ -33,6 +33,11 @@ _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+def arch_number(arch: str) -> int:
+    """Ten times the compute capability: 90 of "sm_90a"."""
+    return int(arch.removeprefix("sm_").rstrip("af"))
+
+
 @dataclass(frozen=True)
 class Cubin:
     """Machine code of one source for one arch.

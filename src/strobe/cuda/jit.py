@@ -43,18 +43,21 @@ from typing import Any, NamedTuple
 
 from strobe.cuda import cache as disk
 from strobe.cuda import driver, nvrtc
-from strobe.cuda.cubin import Cubin, Resources
+from strobe.cuda.cubin import Cubin, Resources, arch_number
 from strobe.cuda.launch import Dim, Kernel, Launch
 from strobe.cuda.nvrtc import Define, supported_archs
 from strobe.cuda.tensor_map import TensorMap, tensor_map
 from strobe.device import gpu, resolve
 
 __all__ = [
-    "Cubin", "Define", "Dim", "Kernel", "Launch", "Resources", "Source", "TensorMap",
-    "arch_of", "compile", "kernel", "supported_archs", "tensor_map", "warm",
+    "SCALAR", "Cubin", "Define", "Dim", "Kernel", "Launch", "Resources", "Source", "TensorMap",
+    "arch_number", "arch_of", "compile", "kernel", "supported_archs", "tensor_map", "warm",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
+
+SCALAR = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+"""The types that kernels are compiled for: a dtype's name → its name in types.cuh."""
 
 
 class Source(NamedTuple):

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from strobe.cuda import driver
-from strobe.cuda.cubin import Cubin, Resources
+from strobe.cuda.cubin import Cubin, Resources, arch_number
 from strobe.errors import DeviceError
 
 Dim = int | tuple[int, ...]
@@ -121,7 +121,7 @@ class Kernel:
         (static,) = driver.check(cuda.cuFuncGetAttribute(fixed, self._handle), looking_up)
         self.max_shared_bytes: int = most - static
         self._set(attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.max_shared_bytes)
-        if int(cubin.arch.removeprefix("sm_").rstrip("af")) >= 90:
+        if arch_number(cubin.arch) >= 90:
             self._set(attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
         self._prefers_shared_memory = False
         self._function = int(self._handle)

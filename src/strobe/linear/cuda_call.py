@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from strobe.cuda.jit import SCALAR
 from strobe.linear.problem import LinearProblem
-
-SCALAR = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
-"""A dtype's name in CUDA (types.cuh)."""
 
 
 def refusals(problem: LinearProblem) -> list[str]:

@@ -40,8 +40,8 @@ def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: to
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines(dtype, 1)) for dtype in cuda_call.SCALAR]
+    return [jit.Source(_SOURCE, _defines(dtype, 1)) for dtype in jit.SCALAR]
 
 
 def _defines(dtype: str, tokens: int) -> dict[str, jit.Define]:
-    return {"scalar_t": cuda_call.SCALAR[dtype], "TOKENS": tokens, "WARPS": _WARPS, "ROWS": _ROWS}
+    return {"scalar_t": jit.SCALAR[dtype], "TOKENS": tokens, "WARPS": _WARPS, "ROWS": _ROWS}

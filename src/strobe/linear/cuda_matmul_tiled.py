@@ -34,8 +34,8 @@ def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: to
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines(dtype)) for dtype in cuda_call.SCALAR]
+    return [jit.Source(_SOURCE, _defines(dtype)) for dtype in jit.SCALAR]
 
 
 def _defines(dtype: str) -> dict[str, jit.Define]:
-    return {"scalar_t": cuda_call.SCALAR[dtype]}
+    return {"scalar_t": jit.SCALAR[dtype]}

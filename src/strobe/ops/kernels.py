@@ -12,8 +12,8 @@ import torch
 from strobe.cuda import jit
 from strobe.errors import KernelRefusedError, UnknownNameError
 
-SCALAR = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-"""A dtype's name in CUDA (types.cuh)."""
+SCALAR = {getattr(torch, name): scalar for name, scalar in jit.SCALAR.items()}
+"""A dtype → its name in types.cuh."""
 PLANS = 1024
 """Choices and packed launches that an operation keeps: of the kinds of input met last."""
 

@@ -7,18 +7,17 @@ step to step the kernel itself counts positions and penalised tokens on.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from strobe.cuda import jit
-from strobe.device import Gpu, gpu
+from strobe.device import gpu
+from strobe.ops import kernels
 from strobe.ops.sampling import streams
 
 _SOURCE = Path(__file__).with_suffix(".cu")
-_SCALAR = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _THREADS = 512
 _MOST_BLOCKS = 8
 """Of a cluster: what every GPU that has clusters can place."""
@@ -64,8 +63,10 @@ def refusals(vocab: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Why the kernels do not take logits `[rows, vocab]` there; empty where they do."""
     if device.type != "cuda":
         return [f"runs on NVIDIA GPUs; device is {device.type!r}"]
-    found = [] if dtype in _SCALAR else [f"takes {', '.join(map(str, _SCALAR))}; dtype is {dtype}"]
-    seen = _gpu(device.index or 0)
+    found = (
+        [] if dtype in kernels.SCALAR else [f"takes {', '.join(map(str, kernels.SCALAR))}; dtype is {dtype}"]
+    )
+    seen = gpu(device.index or 0)
     needed, most = _slice_bytes(vocab, _MOST_BLOCKS) + _STATIC_SHARED, seen.shared_memory_per_block
     if seen.arch >= 90 and needed > most:
         found.append(f"needs {needed} bytes of shared memory for {vocab} tokens; a block has {most}")
@@ -182,7 +183,7 @@ def logprobs(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, {"scalar_t": scalar}) for scalar in _SCALAR.values()]
+    return [jit.Source(_SOURCE, {"scalar_t": scalar}) for scalar in kernels.SCALAR.values()]
 
 
 def blocks_for(rows: int, vocab: int, sm_count: int, *, holds: bool) -> int:
@@ -197,11 +198,6 @@ def blocks_for(rows: int, vocab: int, sm_count: int, *, holds: bool) -> int:
     return blocks
 
 
-@cache
-def _gpu(index: int) -> Gpu:
-    return gpu(index)
-
-
 def _slice_bytes(vocab: int, blocks: int) -> int:
     """Of the part of a row that one of its blocks holds as float32."""
     return 4 * (-(-vocab // (8 * blocks)) * 8 + _PADDING)
@@ -211,8 +207,8 @@ def _launch(entry: str, logits: torch.Tensor, params: _Sample | _Score) -> None:
     if not params.count:
         return
     index, vocab = logits.get_device(), params.vocab
-    kernel = jit.kernel(_SOURCE, entry, {"scalar_t": _SCALAR[logits.dtype]}, index)
-    seen = _gpu(index)
+    kernel = jit.kernel(_SOURCE, entry, {"scalar_t": kernels.SCALAR[logits.dtype]}, index)
+    seen = gpu(index)
     holds = entry == "score" or bool(params.rows)  # the likeliest of a row is found on the way
     if seen.arch >= 90:
         blocks = blocks_for(params.count, vocab, seen.sm_count, holds=holds)

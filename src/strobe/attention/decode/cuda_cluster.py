@@ -115,7 +115,7 @@ def run(
 
 def sources(arch: str) -> list[jit.Source]:
     """One query a row over pages of 16: bfloat16 at every head_dim and the common groups at 128."""
-    if not paged.fits(int("".join(digit for digit in arch if digit.isdigit()))):
+    if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
         *((1, 4, head_dim, "bfloat16", None) for head_dim in paged.HEAD_DIMS),

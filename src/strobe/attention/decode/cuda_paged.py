@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ READS_SETTLED = True
 _SOURCE = Path(__file__).with_suffix(".cu")
 _SMS = 132
 """What shapes that are compiled ahead are chosen for."""
+_MOST_BLOCKS = 511
+"""`WorkList` (work_list.cuh) counts its workers in nine bits."""
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -93,7 +95,7 @@ def prepare(
 ) -> PagedLaunch:
     """`run` of this problem, for tensors like these."""
     device, layout = q.get_device(), cast(Paged, problem.layout)
-    sms = _sm_count(device)
+    sms = min(_MOST_BLOCKS, gpu(device).sm_count)
     shape = shape or choose_shape(problem, sms)
     params = Params.of(problem, shape)
     blocks = _blocks(sms, problem.batch * params.segments)
@@ -128,7 +130,7 @@ def run(
 def sources(arch: str) -> list[jit.Source]:
     """One query a row over pages of 16: bfloat16 at every head_dim, the common groups at 128, a large
     batch, float16, and a float8 cache."""
-    if not paged.fits(int("".join(digit for digit in arch if digit.isdigit()))):
+    if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
         *((1, 4, head_dim, "bfloat16", None) for head_dim in paged.HEAD_DIMS),
@@ -176,8 +178,3 @@ def _blocks(sms: int, segments: int) -> int:
         return sms
     even = (n for n in range(sms, sms - sms // 16 - 1, -1) if n % segments == 0 or segments % n == 0)
     return next(even, sms)
-
-
-@cache
-def _sm_count(device: int) -> int:
-    return min(511, gpu(device).sm_count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ def run(
 ) -> None:
     q, k, v = dense.aligned(q), dense.aligned(k), dense.aligned(v)
     device, rows = q.get_device(), problem.batch * problem.q_heads
-    wanted = -(-_BLOCKS_PER_SM * _sm_count(device) // rows)
+    wanted = -(-_BLOCKS_PER_SM * gpu(device).sm_count // rows)
     splits = max(1, min(wanted, problem.kv_len // _KEYS_MIN))
     o = q.new_empty((rows, splits, problem.head_dim), dtype=torch.float32)
     m, total = q.new_empty((2, rows, splits), dtype=torch.float32)
@@ -48,8 +47,3 @@ def run(
 
 def sources(arch: str) -> list[jit.Source]:
     return [jit.Source(_SOURCE, one_query.defines(one_query.example(dim))) for dim in (64, 128)]
-
-
-@cache
-def _sm_count(device: int) -> int:
-    return gpu(device).sm_count

@@ -55,7 +55,8 @@ def run(
     from strobe.attention.decode.triton_split_kernel import merge, partials
 
     layout, rows = cast(Paged, problem.layout), problem.batch * problem.q_heads
-    splits = _splits(problem, _PROGRAMS_PER_SM * _sm_count(q.get_device()) if problem.device == "cuda" else 3)
+    sms = gpu(q.get_device()).sm_count if problem.device == "cuda" else 1
+    splits = _splits(problem, _PROGRAMS_PER_SM * sms)
     o = torch.empty((rows, splits, problem.head_dim), dtype=torch.float32, device=q.device)
     m, total = torch.empty((2, rows, splits), dtype=torch.float32, device=q.device)
     partials[(splits, problem.kv_heads, problem.batch)](
@@ -91,8 +92,3 @@ def _tile(problem: AttentionProblem) -> int:
 @cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _sm_count(device: int) -> int:
-    return gpu(device).sm_count

@@ -16,6 +16,7 @@ import torch
 from strobe.attention import dense
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
 from strobe.cuda import jit
+from strobe.device import gpu
 
 IDEA = "copies run beside the products, masked tiles apart, sums rescaled only when a maximum outgrows them"
 
@@ -169,7 +170,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
     """What the kernel is compiled for: the features that this problem uses, and no other."""
     left, right = problem.window
     return {
-        "scalar_t": dense.SCALAR[problem.dtype],
+        "scalar_t": jit.SCALAR[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "GROUP": problem.group,
         "PAGE_SIZE": problem.page_size,
@@ -190,7 +191,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
 
 def sources(arch: str) -> list[jit.Source]:
     """Each size of tiles, each dtype and each policy once."""
-    number = int("".join(digit for digit in arch if digit.isdigit()))
+    number = jit.arch_number(arch)
     pages = Paged(page_table=None, seq_lens=None, cu_seqlens_q=())
     problems = [
         AttentionProblem(1, 1, 1, 1, 1, 64, causal=True),
@@ -202,11 +203,6 @@ def sources(arch: str) -> list[jit.Source]:
         AttentionProblem(1, 1, 1, 2, 1, 96, window=(64, 0), softcap=30.0, sinks=(), layout=Packed((), ())),
     ]
     return [jit.Source(_SOURCE, defines(p, choose_tile(p.head_dim, number))) for p in problems]
-
-
-@cache
-def _l2_bytes(device: int) -> int:
-    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def _params(
@@ -237,7 +233,7 @@ def _params(
         kv_heads=problem.kv_heads,
         q_tiles=-(-problem.q_len * problem.group // tile.q),
         sequences=sequences,
-        section=min(sequences, max(1, _l2_bytes(q.get_device()) // 4 // sequence_bytes)),
+        section=min(sequences, max(1, gpu(q.get_device()).l2_cache // 4 // sequence_bytes)),
         left=left,
         right=right,
         scale_log2=(problem.softcap or problem.scale) * math.log2(math.e),

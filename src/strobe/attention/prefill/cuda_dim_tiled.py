@@ -94,7 +94,7 @@ def sources(arch: str) -> list[jit.Source]:
 
 def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
     return {
-        "scalar_t": dense.SCALAR[dtype],
+        "scalar_t": jit.SCALAR[dtype],
         "HEAD_DIM": head_dim,
         "K_TILE": tile.k,
         "QK_TILE": tile.qk,

@@ -7,7 +7,7 @@ and consumers, turns, and the overlap of products and softmax. What is our own i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from strobe.attention.plan import Run
 from strobe.attention.prefill.cuda_hopper_launch import ROWS, Launch, Maps, Params, readable
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed
 from strobe.cuda import jit
+from strobe.device import gpu
 
 IDEA = (
     "one warp copies in bulk; warpgroups take turns at the tensor cores, softmax under the other's products"
@@ -193,7 +194,7 @@ def _packed(
         jit.kernel(_SOURCE, "attend", defines(problem, tile), device),
         params,
         _maps(problem, q, k, v, out_strides, tile),
-        grid=tiles if tile.folded else min(tiles, _multiprocessors(device)),
+        grid=tiles if tile.folded else min(tiles, gpu(device).sm_count),
         block=tile.threads,
         shared_bytes=tile.shared_bytes(problem.head_dim),
         programmatic=True,
@@ -239,7 +240,7 @@ def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:
     """What the kernel is compiled for: the features that this problem uses, and no other."""
     left, right = problem.window
     return {
-        "scalar_t": dense.SCALAR[problem.dtype],
+        "scalar_t": jit.SCALAR[problem.dtype],
         "HEAD_DIM": problem.head_dim,
         "K_TILE": tile.keys,
         "CONSUMERS": tile.consumers,
@@ -286,7 +287,7 @@ def _folds(problem: AttentionProblem) -> bool:
 
 
 def _chosen(problem: AttentionProblem, q: torch.Tensor) -> Tile:
-    return choose_tile(problem, _multiprocessors(q.get_device()))
+    return choose_tile(problem, gpu(q.get_device()).sm_count)
 
 
 def _section(problem: AttentionProblem) -> int:
@@ -302,8 +303,3 @@ def _section(problem: AttentionProblem) -> int:
     key_heads = problem.batch * problem.kv_heads
     sections = -(-key_heads // max(1, room))
     return problem.group * -(-key_heads // sections)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

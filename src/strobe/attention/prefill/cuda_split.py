@@ -97,7 +97,7 @@ def _kernel(problem: AttentionProblem, entry: str, s: torch.Tensor, tile: Tile) 
 
 
 def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": dense.SCALAR[dtype], "HEAD_DIM": head_dim, "EDGE": tile.edge}
+    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "EDGE": tile.edge}
 
 
 def _tiles(length: int, tile: Tile) -> int:

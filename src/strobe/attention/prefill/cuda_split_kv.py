@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from strobe.attention import dense
 from strobe.attention.problem import AttentionProblem
 from strobe.cuda import jit
+from strobe.device import gpu
 
 IDEA = "keys split over blocks, (O, m, l) in a workspace, then a merge: a few queries still fill the GPU"
 
@@ -80,7 +80,7 @@ def run(
     q, k, v = dense.aligned(q), dense.aligned(k), dense.aligned(v)
     device, rows = q.get_device(), problem.batch * problem.q_heads * problem.q_len
     q_tiles, k_tiles = -(-problem.q_len // tile.q), -(-problem.kv_len // tile.k)
-    wanted = tile.splits or _splits(q_tiles * problem.q_heads * problem.batch, _sm_count(device))
+    wanted = tile.splits or _splits(q_tiles * problem.q_heads * problem.batch, gpu(device).sm_count)
     tiles_each = max(1, -(-k_tiles // wanted))
     splits = max(1, -(-k_tiles // tiles_each))
     partial_out = q.new_empty((splits, rows, problem.head_dim), dtype=torch.float32)
@@ -106,10 +106,5 @@ def _splits(blocks: int, sms: int) -> int:
     return min(_SPLITS_MAX, max(1, _BLOCKS_PER_SM * sms // blocks))
 
 
-@cache
-def _sm_count(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": dense.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
+    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}

@@ -74,4 +74,4 @@ def sources(arch: str) -> list[jit.Source]:
 
 
 def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": dense.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
+    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
