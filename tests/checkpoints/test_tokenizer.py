@@ -8,6 +8,7 @@ import json
 import random
 import re
 import struct
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -265,6 +266,22 @@ def test_ids_that_no_token_has_are_silent(byte_level):
     assert ours.decode([ours.vocab_size, 10**6]) == ""
     ours.decode(range(ours.vocab_size + 5000))
     assert len(ours._bytes) <= ours.vocab_size, "ids that a client makes up are not kept"
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
+    """Else a client's text of two million characters would keep a server's event loop for seconds."""
+    ours, done, turns = Tokenizer(byte_level), threading.Event(), 0
+
+    def work():
+        ours.encode("zq" * 200_000)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 10
 
 
 def test_lone_surrogates_are_the_prompt_s_fault(byte_level):

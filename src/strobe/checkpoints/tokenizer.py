@@ -155,7 +155,9 @@ class Tokenizer:
         if self._prefix_space and text and not text.startswith(self._special_texts):
             text = " " + text
         try:
-            return self._backend.encode(text, add_special_tokens=add_special).ids
+            # of the library's calls the one that lets other threads run meanwhile: a long text takes seconds
+            (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
+            return encoded.ids
         except TypeError as error:  # a str that has no UTF-8
             raise RequestError(
                 "the text holds half a surrogate pair, which is no character", hint="is the input UTF-8?"
