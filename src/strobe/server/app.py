@@ -22,7 +22,7 @@ from strobe.server.config import ServerConfig
 from strobe.server.errors import ApiError, from_validation
 from strobe.server.gate import Gate
 from strobe.server.page import page
-from strobe.server.replies import Json, error_reply
+from strobe.server.replies import Json, JsonReply, error_reply
 from strobe.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from strobe.server.service import Service
 
@@ -106,31 +106,15 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 def _add_other_routes(app: FastAPI, service: Service) -> None:
     errors = answers.documented(*_COMMON)
 
-    @app.post("/tokenize", responses=errors)
-    async def tokenize(body: TokenizeRequest) -> answers.Tokens:
+    @app.post("/tokenize", response_model=None, responses={200: {"model": answers.Tokens}, **errors})
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation."""
-        service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "prompt: give prompt or messages", param="prompt")
-        if body.messages is not None:
-            text = await service.render(
-                [message_of(message) for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt,
-            )
-            tokens = await service.encode(text, "messages", special=False)
-        else:
-            tokens = await service.encode(body.prompt or "", "prompt", special=body.add_special_tokens)
-        strings = [service.token_text(token) for token in tokens] if body.return_token_strs else None
-        context = service.llm.engine.max_model_len
-        return answers.Tokens(count=len(tokens), max_model_len=context, tokens=tokens, token_strs=strings)
+        return JsonReply(_tokens(service, body))
 
-    @app.post("/detokenize", responses=errors)
-    async def detokenize(body: DetokenizeRequest) -> answers.Detokenized:
+    @app.post("/detokenize", response_model=None, responses={200: {"model": answers.Detokenized}, **errors})
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
-        service.check_model(body.model)
-        return answers.Detokenized(
-            prompt=await service.in_thread(service.tokenizer.decode, body.tokens, skip_special=False)
-        )
+        return JsonReply(_text(service, body))
 
     @app.get("/health", responses={503: {"model": answers.Health}}, response_model=answers.Health)
     async def health() -> Response:
@@ -150,6 +134,33 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
         return page()
+
+
+async def _tokens(service: Service, body: TokenizeRequest) -> answers.Tokens:
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt: give prompt or messages", param="prompt")
+    if body.messages is not None:
+        text = await service.render(
+            [message_of(message) for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+        )
+        tokens = await service.encode(text, "messages", special=False)
+    else:
+        tokens = await service.encode(body.prompt or "", "prompt", special=body.add_special_tokens)
+
+    def told() -> answers.Tokens:
+        strings = [service.token_text(token) for token in tokens] if body.return_token_strs else None
+        context = service.llm.engine.max_model_len
+        return answers.Tokens(count=len(tokens), max_model_len=context, tokens=tokens, token_strs=strings)
+
+    return await service.in_thread(told)
+
+
+async def _text(service: Service, body: DetokenizeRequest) -> answers.Detokenized:
+    service.check_model(body.model)
+    text = await service.in_thread(service.tokenizer.decode, body.tokens, skip_special=False)
+    return answers.Detokenized(prompt=text)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
