@@ -110,7 +110,7 @@ def test_stop_string_over_many_tokens_is_held_back_until_it_is_sure():
 
 
 def test_long_stop_strings_cost_a_look_a_character():
-    """A client may send 64 of 1024 characters, and see to it that one of them is nearly there all the time."""
+    """A client may send 64 of 1024 characters, and see to it that one of them is always nearly there."""
     stop = ["a" * 900 + "b", *(chr(ord("c") + index) * 1024 for index in range(20)), "a" * 1000]
     detokenizer, looks = Detokenizer(Bytes(), [], stop), 0
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._threads = ThreadPoolExecutor(2, "strobe-grammar")
-        self._kept: OrderedDict[tuple[str, str], LlgGrammar] = OrderedDict()
+        self._kept: OrderedDict[bytes, LlgGrammar] = OrderedDict()
 
     async def json_schema(self, schema: dict[str, Any], param: str, *, compact: bool = False) -> LlgGrammar:
         """A text that is JSON of this schema, on one line where it is `compact`.
@@ -90,7 +91,7 @@ class Grammars:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _get(self, kind: str, source: str, param: str) -> LlgGrammar:
-        key = (kind, source)
+        key = blake2b(f"{kind}:{source}".encode("utf-8", "surrogatepass")).digest()  # sources may be large
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
