@@ -6,7 +6,8 @@ This module imports no torch.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from strobe.engine.grammar import Matcher
@@ -46,9 +47,9 @@ class Metrics:
     preemptions: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen costs 2 us a token more
 class StreamChunk:
-    """What one step added to one sequence of a request."""
+    """What one step, or some in turn, added to one sequence of a request."""
 
     request_id: str
     index: int
@@ -60,6 +61,19 @@ class StreamChunk:
     """The stop string or the stop token that ended it."""
     metrics: Metrics | None = None
     """The request's, on the last chunk of all its sequences."""
+
+    @staticmethod
+    def joined(chunks: Seq[StreamChunk]) -> StreamChunk:
+        """One sequence's chunks in their order, as one."""
+        last = chunks[-1]
+        if len(chunks) == 1:
+            return last
+        return replace(
+            last,
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The engine's thread, and the event loop's side of it.
 
 The loop hands requests over with `submit`, which never waits, and reads each one's chunks from its
-`Stream`. The thread steps the engine, and posts what a step gave to the loop in one call.
+`Stream`. The thread steps the engine, and posts what a step gave to the loop in one call. Both need the
+interpreter: after a delivery the loop is left alone for as long as that took, and what the engine says
+meanwhile goes in one chunk.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -46,26 +49,41 @@ class Stream:
         self.requests = tuple(requests)
         self.index_of = {request.request_id: index for index, request in enumerate(requests)}
         self._bridge = bridge
-        self._mail: asyncio.Queue[StreamChunk | ApiError] = asyncio.Queue()
+        self._mail: dict[tuple[str, int], list[StreamChunk]] = {}
+        self._error: ApiError | None = None
+        self._came = asyncio.Event()
         self._unfinished = len(requests)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> StreamChunk:
-        """Raises ApiError where a request timed out or the engine failed."""
+        """What one of the sequences has gained since it was last told.
+
+        Raises ApiError where a request timed out or the engine failed.
+        """
         if not self._unfinished:
             raise StopAsyncIteration
-        await asyncio.sleep(0)  # a full mailbox must not keep the event loop from others
-        item = await self._mail.get()
-        if isinstance(item, ApiError):
+        if self._came.is_set():
+            await asyncio.sleep(0)  # news of many sequences must not keep the event loop from others
+        await self._came.wait()
+        if not self._mail and self._error is not None:
             self.close()
-            raise item
-        self._unfinished -= item.metrics is not None
-        return item
+            raise self._error
+        chunk = StreamChunk.joined(self._mail.pop(next(iter(self._mail))))
+        if not self._mail and self._error is None:
+            self._came.clear()
+        self._unfinished -= chunk.metrics is not None
+        return chunk
 
-    def put(self, item: StreamChunk | ApiError) -> None:
-        self._mail.put_nowait(item)
+    def put(self, chunk: StreamChunk) -> None:
+        self._mail.setdefault((chunk.request_id, chunk.index), []).append(chunk)
+        self._came.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End with `error`, once what came before it is read."""
+        self._error = self._error or error
+        self._came.set()
 
     def close(self) -> None:
         """Leave; pages are free within a step. Nothing happens where the requests are over."""
@@ -97,6 +115,8 @@ class EngineBridge:
         self._stopping = False
         self._failed = False
         self._beat = time.monotonic()
+        self._next_delivery = 0.0
+        """When the event loop may have more to do; never, while it is at the last delivery."""
         self._thread = threading.Thread(target=self._run, name="strobe-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._expiry: asyncio.Task[None] | None = None
@@ -180,25 +200,30 @@ class EngineBridge:
 
     def _run(self) -> None:
         failures = 0
+        told: list[StreamChunk] = []
         while not self._stopping:
-            self._beat = time.monotonic()
+            self._beat = now = time.monotonic()
             self._wake.clear()
+            if told and (now >= self._next_delivery or not self.engine.has_work):
+                self._next_delivery = math.inf
+                self._call(self._deliver, told)
+                told = []
             if not self.engine.has_work:
                 self._wake.wait(IDLE_S)
                 continue
             try:
-                chunks = self.engine.step()
+                told += self.engine.step()
             except Exception:
                 failures += 1
                 _log.exception("a step of the engine failed")
+                self._call(self._deliver, told)
+                told = []
                 if not self._recover() or failures >= MAX_FAILURES:
                     self._failed = True
                     self._post_failure(None)
                     return
                 continue
             failures = 0
-            if chunks:
-                self._call(self._deliver, chunks)
 
     def _recover(self) -> bool:
         """Fail the requests of the step that failed; False where the engine cannot go on."""
@@ -220,6 +245,7 @@ class EngineBridge:
 
     def _deliver(self, chunks: Sequence[StreamChunk]) -> None:
         now = time.monotonic()
+        asyncio.get_running_loop().call_soon(self._delivered, now)  # behind the readers that wake now
         for chunk in chunks:
             live = self._live.get(chunk.request_id)
             if live is None:
@@ -236,6 +262,10 @@ class EngineBridge:
                 self.metrics.observe(chunk.metrics, chunk.finish_reason or "abort")
             live.stream.put(chunk)
 
+    def _delivered(self, begun: float) -> None:
+        now = time.monotonic()
+        self._next_delivery = now + (now - begun)
+
     def _fail_all(self, request_ids: Sequence[str] | None) -> None:
         for request_id in list(self._live) if request_ids is None else request_ids:
             if (live := self._live.get(request_id)) is not None:
@@ -244,7 +274,7 @@ class EngineBridge:
     def _fail(self, live: _Live, error: ApiError) -> None:
         """Tell the reader, and make the engine forget the request."""
         if self._live.pop(live.request.request_id, None) is not None:
-            live.stream.put(error)
+            live.stream.fail(error)
             self.engine.abort(live.request.request_id)
             self.metrics.ended("error")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from strobe.engine.request import Metrics, StreamChunk, TokenLogprobs
@@ -28,8 +28,6 @@ class _Choice:
     offset: int = 0
     """Characters of all tokens so far, for `text_offset`."""
     begun: bool = False
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
 
 
 class CompletionRun:
@@ -65,18 +63,19 @@ class CompletionRun:
         done: dict[int, TextChoice] = {}
         try:
             async for chunk in self.stream:
-                done[self._index(chunk)] = self._choice(chunk)
+                done[self._index(chunk)] = TextChoice(**self._choice(chunk))
         finally:
             self.stream.close()
         return Completion(**self.head, choices=[done[i] for i in sorted(done)], usage=self._usage())
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The answer in pieces, one for each token that settles text."""
+        """The answer in pieces, one for each token that settles text where the client keeps up."""
+        shell = {**self.head, "object": "text_completion"}
         try:
             async for chunk in self.stream:
                 choice = self._choice(chunk)
-                if choice.text or choice.finish_reason or choice.token_ids or choice.logprobs:
-                    yield Completion(**self.head, choices=[choice]).model_dump(exclude={"usage"})
+                if choice["text"] or choice["finish_reason"] or choice["token_ids"] or choice["logprobs"]:
+                    yield {**shell, "choices": [choice]}
         finally:
             self.stream.close()
         if self.body.stream_options and self.body.stream_options.include_usage:
@@ -85,28 +84,31 @@ class CompletionRun:
     def _index(self, chunk: StreamChunk) -> int:
         return self.stream.index_of[chunk.request_id] * (self.body.n or 1) + chunk.index
 
-    def _choice(self, chunk: StreamChunk) -> TextChoice:
+    def _choice(self, chunk: StreamChunk) -> dict[str, Any]:
+        """The fields of a `TextChoice`, as JSON has them."""
         if chunk.metrics is not None:
             self.metrics.append(chunk.metrics)
         index = self._index(chunk)
         state = self.choices[index]
-        text, token_ids, logprobs = chunk.text, chunk.token_ids, list(chunk.logprobs)
+        text, token_ids, logprobs = chunk.text, chunk.token_ids, chunk.logprobs
         if self.silent:
-            text, token_ids, logprobs = "", (), []
+            text, token_ids, logprobs = "", (), ()
         first, state.begun = not state.begun, True
         echoed = first and self.body.echo
         wants_ids = self.body.return_token_ids
-        return TextChoice(
-            index=index,
-            text=state.prompt + text if echoed else text,
-            logprobs=None
-            if self.body.logprobs is None
-            else self._logprobs(state, [*(state.prompt_logprobs if echoed else ()), *logprobs], echoed),
-            finish_reason=chunk.finish_reason if chunk.finish_reason != "abort" else None,
-            stop_reason=named_stop(self.body, chunk),
-            token_ids=list(token_ids) if wants_ids else None,
-            prompt_token_ids=list(state.prompt_ids) if wants_ids and first else None,
-        )
+        told = None
+        if self.body.logprobs is not None:
+            entries = [*(state.prompt_logprobs if echoed else ()), *logprobs]
+            told = self._logprobs(state, entries, echoed).model_dump()
+        return {
+            "index": index,
+            "text": state.prompt + text if echoed else text,
+            "logprobs": told,
+            "finish_reason": chunk.finish_reason if chunk.finish_reason != "abort" else None,
+            "stop_reason": named_stop(self.body, chunk),
+            "token_ids": list(token_ids) if wants_ids else None,
+            "prompt_token_ids": list(state.prompt_ids) if wants_ids and first else None,
+        }
 
     def _logprobs(self, state: _Choice, entries: Sequence[TokenLogprobs], echoed: bool) -> TextLogprobs:
         told = TextLogprobs()

@@ -21,11 +21,14 @@ _log = logging.getLogger(__name__)
 Event = Mapping[str, Any]
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dump(value: Any) -> bytes:
     """JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes "?"."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 class Json(JSONResponse):
