@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strobe.attention import one_query, paged
+from strobe.attention import ladder, one_query, paged
 from strobe.attention.decode import cuda_cluster, cuda_paged, cuda_single, cuda_split, triton_split
 from strobe.attention.problem import AttentionProblem, Paged
 
@@ -50,6 +50,22 @@ def problem(**changes: object) -> AttentionProblem:
 )
 def test_accepts_the_plain_problem(rung: object) -> None:
     assert rung.refusals(problem()) == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"batch": 1}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 2048, "kv_dtype": "float8_e4m3fn"}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 2049}, "cuda_paged"),
+        ({"batch": 2}, "cuda_paged"),
+        ({"batch": 1, "q_len": 2}, "cuda_paged"),
+        ({"batch": 1, "arch": 80}, "cuda_async"),
+    ],
+    ids=str,
+)
+def test_auto_takes_clusters_for_one_short_row(change: dict[str, object], taken: str) -> None:
+    assert ladder.choose(problem(**change)).name == taken
 
 
 @pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda r: r.__name__)

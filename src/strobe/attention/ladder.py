@@ -3,7 +3,8 @@
 A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
 not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
 where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. Those that start beside the
-kernel ahead where the layout is `settled` say `READS_SETTLED = True`. One whose calls cost the
+kernel ahead where the layout is `settled` say `READS_SETTLED = True`. One that is the fastest for a part of
+what it runs says for which: `suits(problem) -> bool`. One whose calls cost the
 host too much has `prepare(problem, q, k, v)` too: what it returns then runs every call whose tensors agree
 with these in shape, strides, dtype and device, as `run(q, k, v, out, lse)`; out and lse are contiguous.
 """
@@ -43,6 +44,11 @@ class Rung:
         if problem.bias is not None and not getattr(self.module, "TAKES_BIAS", False):
             reasons = [*reasons, "no bias"]
         return reasons
+
+    def suits(self, problem: AttentionProblem) -> bool:
+        """Whether "auto" may take it for a problem that it does not refuse."""
+        suits = getattr(self.module, "suits", None)
+        return suits is None or suits(problem)
 
     @property
     def reads_settled(self) -> bool:
@@ -99,6 +105,7 @@ FASTEST_FIRST = {
         "prefill/torch_naive",
     ),
     "decode": (
+        "decode/cuda_cluster",
         "decode/cuda_paged",
         "prefill/cuda_async",
         "decode/numba_paged",
@@ -124,7 +131,7 @@ def find(kernel: str, phase: str) -> Rung:
 def choose(problem: AttentionProblem, kernel: str = "auto") -> Rung:
     """The rung that runs `problem`.
 
-    "auto" takes the fastest that refuses nothing. A name takes that rung or raises
+    "auto" takes the fastest that refuses nothing and suits. A name takes that rung or raises
     KernelRefusedError with its refusals: it never falls back.
     """
     if kernel != "auto":
@@ -136,8 +143,9 @@ def choose(problem: AttentionProblem, kernel: str = "auto") -> Rung:
             )
         return rung
     for name in FASTEST_FIRST[problem.phase]:
-        if not RUNGS[name].refusals(problem):
-            return RUNGS[name]
+        rung = RUNGS[name]
+        if not rung.refusals(problem) and rung.suits(problem):
+            return rung
     verdicts = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in explain(problem).items())
     raise KernelRefusedError(f"no kernel runs ({problem}): {verdicts}")
 
