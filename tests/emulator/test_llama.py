@@ -10,6 +10,7 @@ import torch
 from cuda_emulator import emulated_gpu
 
 from strobe.attention.problem import Paged
+from strobe.cuda import jit
 from strobe.linear import projection
 from strobe.models import shapes
 from strobe.models.batch import Batch, KvTensors
@@ -43,7 +44,7 @@ def step(model: object, attention: str, linear: str, k: torch.Tensor, v: torch.T
 
 
 @pytest.mark.parametrize("kind", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
-def test_a_decode_step(kind: dict[str, bool]) -> None:
+def test_a_decode_step(kind: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(len(kind))
     config = replace(CONFIG, **kind)
     exact = shapes.random_model(config, device="cpu", dtype=torch.float32)
@@ -60,6 +61,12 @@ def test_a_decode_step(kind: dict[str, bool]) -> None:
         wide.copy_(rounded.copy_(wide))
     want = step(exact, "torch_grouped", "torch_linear", *(x.float() for x in cached))
     on_gpu = patch.object(model, "device", torch.device("cuda"))
+    launched = []
     with on_gpu, emulated_gpu(sm_count=3):
+        kernel = jit.kernel
+        monkeypatch.setattr(jit, "kernel", lambda *args: launched.append(args[1]) or kernel(*args))
         got = step(model, "cuda_paged", "cuda_skinny", *(x.clone() for x in cached))
+        monkeypatch.undo()
+    assert "project" in launched
+    assert ("append" in launched) is config.qk_norm  # else the projection to queries, keys and values does it
     assert (got.float() - want).abs().max() <= 0.05 * want.abs().max()

@@ -13,6 +13,7 @@ from strobe.linear import projection
 from strobe.models import shapes
 from strobe.models.config import ModelConfig
 from strobe.models.network import products
+from strobe.ops import cache
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -28,6 +29,12 @@ CONFIG = ModelConfig(
 )
 
 
+def destination(tokens: int) -> cache.Destination:
+    turn = torch.zeros(2, tokens, 1, CONFIG.head_dim).bfloat16()
+    pages = torch.zeros(2, 1, 4, CONFIG.kv_heads, CONFIG.head_dim).bfloat16()
+    return cache.Destination((turn[0], turn[1]), pages[0], pages[1], torch.arange(tokens), cache.Options())
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_products_compile_what_they_tell(tokens: int) -> None:
     def gpu_weight(outputs: int, inputs: int, **_: object) -> torch.Tensor:
@@ -35,9 +42,11 @@ def test_products_compile_what_they_tell(tokens: int) -> None:
 
     with patch.object(projection, "empty_weight", gpu_weight):
         model = shapes.random_model(CONFIG, device="cpu", dtype=torch.bfloat16)
-    found = products(model.weights)
-    assert [residual for _, residual in found] == [False, True, False, True, False]
-    for each, residual in found:
+    found = products(model)
+    assert [(residual, heads is not None) for _, residual, heads in found] == [
+        *((False, True), (True, False), (False, False), (True, False), (False, False))
+    ]
+    for each, residual, heads in found:
         with emulated_gpu(sm_count=3):
             kernel, compiled = jit.kernel, []
 
@@ -45,9 +54,12 @@ def test_products_compile_what_they_tell(tokens: int) -> None:
                 compiled.append(jit.Source(source, defines or {}))  # noqa: B023
                 return kernel(source, entry, defines, device)  # noqa: B023
 
-            told = each.source(tokens, residual=residual)
+            told = each.source(tokens, residual=residual, append=heads)
             x = torch.randn(tokens, each.weight.shape[1]).bfloat16()
             out = torch.zeros(tokens, len(each.weight)).bfloat16() if residual else None
             with patch.object(jit, "kernel", noted):
-                each(x, residual=out)
+                if heads is None:
+                    each(x, residual=out)
+                else:
+                    each.append(x, destination(tokens))
         assert told in compiled

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 from strobe.linear import Projection, empty_weight, ladder, torch_onednn
 from strobe.linear.problem import LinearProblem
+from strobe.models.config import Rope
+from strobe.ops import cache, rope
 
 SIZES = st.integers(1, 70)
 
@@ -120,6 +122,43 @@ def test_any_layout_on_a_cpu(inputs, outputs, tokens):
     x, plain = torch.randn(tokens, inputs), torch.randn(outputs, inputs)
     weight = empty_weight(outputs, inputs, device="cpu", dtype=torch.float32)
     torch.testing.assert_close(Projection(weight.copy_(plain))(x), Projection(plain)(x))
+
+
+@pytest.mark.parametrize("kernel", ["auto", *ON_CPU])
+@given(
+    tokens=st.integers(0, 18),
+    heads=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    seed=st.integers(0, 2**31),
+)
+def test_appends_what_it_projects(kernel, tokens, heads, seed):
+    torch.manual_seed(seed)
+    (q_heads, kv_heads), head_dim, inputs = heads, 16, 24
+    qkv = Projection(torch.randn((q_heads + 2 * kv_heads) * head_dim, inputs), norm=torch.rand(inputs) + 0.5)
+    x, pages = torch.randn(tokens, inputs), torch.randn(2, 5, 4, kv_heads, head_dim)
+    turn = rope.angles(
+        torch.randint(99, (tokens,)), rope.signed(Rope().frequencies(head_dim), "cpu"), x.dtype
+    )
+    slots, stored = torch.randperm(20)[:tokens], pages.clone()
+    try:
+        q = qkv.append(x, cache.Destination(turn, *stored, slots, cache.Options()), kernel)
+    except KernelRefusedError:
+        assert kernel != "auto"
+        return
+    out = formula(x, qkv, None).float().view(tokens, q_heads + 2 * kv_heads, head_dim)
+    want_q, k, v = out.split_with_sizes((q_heads, kv_heads, kv_heads), 1)
+    want_q, k = rope.rotate(want_q, *turn), rope.rotate(k, *turn)
+    want = torch.stack(
+        [x.flatten(0, 1).index_copy(0, slots, new) for x, new in zip(pages, (k, v), strict=True)]
+    )
+    torch.testing.assert_close(q, want_q, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored.flatten(1, 2), want, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_a_cache_of_other_heads():
+    pages, turn = torch.zeros(1, 4, 2, 16), (torch.ones(1, 1, 16), torch.zeros(1, 1, 16))
+    to = cache.Destination(turn, pages, pages.clone(), torch.zeros(1, dtype=torch.int64), cache.Options())
+    with pytest.raises(ProblemError, match=r"64 outputs.*supported: \(q_heads \+ 2 kv_heads\) head_dim"):
+        Projection(torch.zeros(64, 8)).append(torch.zeros(1, 8), to)
 
 
 def test_several_kernels_are_tried_in_order():

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from strobe.linear import cuda_skinny, ladder
-from strobe.linear.problem import LinearProblem
+from strobe.linear.problem import Append, LinearProblem
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 120: 99}
 SMS = 132
 
 
-def shape_of(arch: int = 90, outputs: int = 28672, tokens: int = 1, **around: bool) -> cuda_skinny.Shape:
+def shape_of(arch: int = 90, outputs: int = 28672, tokens: int = 1, **around: Any) -> cuda_skinny.Shape:
     problem = LinearProblem(tokens, 4096, outputs, "bfloat16", device="cuda", arch=arch, **around)
     return cuda_skinny.choose_shape(problem, SMS, SHARED_KIB[arch] * 1024)
 
 
 @pytest.mark.parametrize("arch", SHARED_KIB)
-@given(tokens=st.integers(1, 16), outputs=st.integers(1, 100_000), norm=st.booleans(), swiglu=st.booleans())
+@given(
+    tokens=st.integers(1, 16),
+    units=st.integers(1, 100_000),
+    norm=st.booleans(),
+    pairs=st.sampled_from([{}, {"swiglu": True}, {"append": Append(1, 1, 2, "bfloat16")}]),
+)
 def test_blocks_cover_the_outputs_and_fit(
-    arch: int, tokens: int, outputs: int, norm: bool, swiglu: bool
+    arch: int, tokens: int, units: int, norm: bool, pairs: dict[str, Any]
 ) -> None:
-    outputs *= 1 + swiglu
-    shape = shape_of(arch, outputs, tokens, norm=norm, swiglu=swiglu)
-    columns = outputs // (1 + swiglu)
-    assert (shape.blocks - 1) * shape.each < columns <= shape.blocks * shape.each
-    assert shape.each <= shape.tiles * (4 if swiglu else 8)
+    shape = shape_of(arch, 2 * units if pairs else units, tokens, norm=norm, **pairs)
+    assert (shape.blocks - 1) * shape.each < units <= shape.blocks * shape.each
+    assert shape.each <= shape.tiles * (4 if pairs else 8)
     assert tokens <= shape.tokens
     assert shape.stages >= 2
     squares = 4 * 8 * shape.tokens  # beside the dynamic memory
@@ -54,6 +59,10 @@ def test_a_kernel_of_either_kind_fits_beside_the_other(arch: int, tokens: int) -
         ({"dtype": "float32"}, "dtype float32; supported: bfloat16, float16"),
         ({"tokens": 17}, "17 tokens; supported: up to 16"),
         ({"inputs": 4}, "inputs 4; supported: multiples of 8"),
+        ({"append": Append(4, 2, 64, "float16", head_norms=True)}, "norms of heads before they are rotated"),
+        ({"append": Append(4, 2, 63, "float16")}, "head_dim 63; supported: even ones"),
+        ({"append": Append(4, 2, 64, "bfloat16")}, "cache in bfloat16; supported: float16, float8_e4m3fn"),
+        ({"append": Append(4, 2, 64, "float8_e4m3fn"), "arch": 80}, "needs compute capability 8.9"),
     ],
 )
 def test_refuses_by_name(changed: dict[str, object], reason: str) -> None:
@@ -68,6 +77,8 @@ def test_refuses_by_name(changed: dict[str, object], reason: str) -> None:
     ("changed", "rung", "fused"),
     [
         ({}, "cuda_skinny", True),
+        ({"append": Append(2, 1, 64, "float16"), "outputs": 256}, "cuda_skinny", True),
+        ({"append": Append(2, 1, 64, "float16", head_norms=True), "outputs": 256}, "cuda_skinny", False),
         ({"tokens": 17}, "torch_linear", False),
         ({"dtype": "float32"}, "torch_linear", False),
     ],

@@ -40,9 +40,10 @@ def warm_up(engine: Engine) -> None:
 
 def _compile(engine: Engine) -> None:
     sources = {}
-    for projection, residual in products(engine.model.weights):
+    kernel = engine.config.linear_kernel
+    for projection, residual, heads in products(engine.model):
         for tokens in decode_sizes(engine.config.max_num_seqs):
-            source = projection.source(tokens, residual=residual, kernel=engine.config.linear_kernel)
+            source = projection.source(tokens, residual=residual, append=heads, kernel=kernel)
             if source is not None:
                 sources[source.path, tuple(source.defines.items())] = source
     jit.warm(sources.values(), jit.arch_of(engine.model.device.index))

@@ -25,7 +25,7 @@ TILE = {"cpu": 8, "cuda": 128}
 def refusals(problem: LinearProblem) -> list[str]:
     if problem.device not in TILE:
         return [f"tensors on {problem.device}; supported: {', '.join(TILE)}"]
-    return []
+    return [f"fuses no {what}" for what in problem.around if what == "append"]
 
 
 def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:

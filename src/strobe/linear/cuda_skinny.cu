@@ -8,13 +8,15 @@
 //                kernel ahead has ended
 //   3. multiply  weights are mma.sync's B operand (8 rows), x its A operand (16 tokens): CUDA cores could not keep up
 //                with the memory for 8 tokens
-//   4. finish    the warps, each with its columns, add up; 1 / rms, bias, SwiGLU, residual
+//   4. finish    the warps, each with its columns, add up; 1 / rms, bias, then SwiGLU, or the residual, or rope and the
+//                append: queries rotated to where attention reads them, keys and values straight to their pages
 //
 // Of 32 columns a lane takes the eight from lane % 4 * 8 on, of both operands: a product does not mind in which order its
 // terms are added, and 16 bytes are one copy. RMSNorm's factor is one number a token: it waits until the end, and x meets
 // the norm's gains alone on the way in.
 //
-// Defines: scalar_t, SWIGLU, NORM, TOKENS (at most, a power of two), TILES (of a block), DEPTH (stages of a ring).
+// Defines: scalar_t, SWIGLU, NORM, TOKENS (at most, a power of two), TILES (of a block), DEPTH (stages of a ring);
+// HEAD_DIM (of the heads that are appended; 0: none are), kv_t (the cache's element: scalar_t, or u8 for e4m3).
 #include "async_copy.cuh"
 #include "grid_dependency.cuh"
 #include "mma.cuh"
@@ -23,7 +25,9 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int STEPS = 2, GROUP = 32 * STEPS;  // columns of a stage: 128 bytes of each row
 constexpr int STRIDE = WARPS * GROUP;         // from a warp's stage to its next
 constexpr int ROWS = 8;                       // of a tile
-constexpr int UNITS = SWIGLU ? 4 : 8;         // a tile's: a unit is an output's one row, or its gate's and its up's
+constexpr bool APPEND = HEAD_DIM > 0, PAIRS = SWIGLU || APPEND;
+constexpr int HALF = APPEND ? HEAD_DIM / 2 : 1;  // of a head: what is between the two features that rope turns together
+constexpr int UNITS = PAIRS ? 4 : 8;  // a tile's: a unit is one row, or two: a gate's and its up's, or what rope turns
 constexpr int BLOCK_UNITS = TILES * UNITS;
 constexpr int EIGHTS = ceil_div(TOKENS, 8);  // of tokens
 constexpr int PITCH = TILES * ROWS + 4;      // floats
@@ -32,24 +36,40 @@ constexpr int PITCH = TILES * ROWS + 4;      // floats
 constexpr int WEIGHTS = TILES * STEPS * 32, XS = STEPS * TOKENS * 4, GAINS = NORM ? STEPS * 4 : 0;
 constexpr int STAGE = WEIGHTS + XS + GAINS;
 
+// Where heads go: the queries', then the keys', then the values'.
+struct Heads {
+  const scalar_t *cos, *sin;       // [tokens, HEAD_DIM], sin negated in its first half
+  const i64* slots;                // [tokens]
+  kv_t *k_pages, *v_pages;         // [slots, kv_heads, HEAD_DIM]
+  const float *k_scale, *v_scale;  // [kv_heads], or null: what a cache of e4m3 holds is divided by them
+  int q_heads, kv_heads;
+};
+
 struct Params {
   const scalar_t *x, *weight, *bias, *norm;  // [tokens, inputs], [outputs, inputs], [outputs] or null, [inputs]
-  scalar_t* out;                             // [tokens, units]
+  scalar_t* out;                             // [tokens, units], or the queries [tokens, q_heads, HEAD_DIM]
   int tokens, inputs, outputs;
   int each;      // units of a block
   int residual;  // whether out holds what the result is added to
   float norm_eps;
+  Heads heads;
 };
 
 // A block's units, in even tiles.
 struct Share {
   int units, first, count, tile_most;
 
-  __device__ __forceinline__ explicit Share(const Params& p) : units(SWIGLU ? p.outputs / 2 : p.outputs) {
+  __device__ __forceinline__ explicit Share(const Params& p) : units(PAIRS ? p.outputs / 2 : p.outputs) {
     first = blockIdx.x * p.each, count = min(p.each, units - first);
     tile_most = ceil_div(count, ceil_div(count, UNITS));
   }
-  __device__ __forceinline__ int tiles() const { return ceil_div(count, tile_most); }
+  // Which row of the weight a unit begins with, and how far behind it the other one is.
+  __device__ __forceinline__ int row(int unit) const {
+    return first + unit + (APPEND ? (first + unit) / HALF * HALF : 0);
+  }
+  __device__ __forceinline__ int to_other() const {
+    return APPEND ? HALF : units;  // up's rows stand behind all of the gates'
+  }
 };
 
 // What a lane asks for: of each tile row lane / 4, of x tokens lane / 4 and + 8.
@@ -63,8 +83,7 @@ struct Lane {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       const int unit = tile * share.tile_most + row % UNITS;
-      const i64 at = share.first + unit + (row < UNITS ? 0 : share.units);  // up's rows stand behind all of the gates'
-      rows[tile] = p.weight + at * inputs;
+      rows[tile] = p.weight + i64(share.row(unit) + (row < UNITS ? 0 : share.to_other())) * inputs;
       if (row % UNITS < share.tile_most && unit < share.count) present |= 1u << tile;
     }
   }
@@ -160,10 +179,55 @@ struct Sums {
   }
 };
 
+// Two features of a head, HALF apart, on their way.
+struct Feature {
+  scalar_t cos, sin;
+  i64 slot;
+
+  // Ask early for what is needed late.
+  __device__ __forceinline__ void load(const Heads& to, int token, int unit) {
+    const int head = unit / HALF, d = unit % HALF;
+    if (head < to.q_heads + to.kv_heads) {
+      cos = to.cos[i64(token) * HEAD_DIM + HALF + d];  // the same in both halves but for sin's sign
+      sin = to.sin[i64(token) * HEAD_DIM + HALF + d];
+    }
+    if (head >= to.q_heads) slot = to.slots[token];
+  }
+
+  __device__ __forceinline__ void store(const Heads& to, scalar_t* queries, int token, int unit, float x, float y) const {
+    const int head = unit / HALF, d = unit % HALF, kv_head = head - to.q_heads;
+    const bool is_value = kv_head >= to.kv_heads;
+    if (!is_value) {
+      const float c = to_float(cos), s = to_float(sin), turned = x * c - y * s;
+      y = y * c + x * s;
+      x = turned;
+    }
+    if (kv_head < 0) {
+      write(queries + (i64(token) * to.q_heads + head) * HEAD_DIM + d, x, y, nullptr);
+      return;
+    }
+    const int of = is_value ? kv_head - to.kv_heads : kv_head;
+    const float* const scales = is_value ? to.v_scale : to.k_scale;
+    write((is_value ? to.v_pages : to.k_pages) + (slot * to.kv_heads + of) * HEAD_DIM + d, x, y,
+          scales ? scales + of : nullptr);
+  }
+
+ private:
+  __device__ __forceinline__ static void write(scalar_t* at, float x, float y, const float*) {
+    at[0] = from_float<scalar_t>(x), at[HALF] = from_float<scalar_t>(y);
+  }
+  __device__ __forceinline__ static void write(u8* at, float x, float y, const float* scale) {
+    const float factor = scale ? 1.f / *scale : 1.f;
+    const u16 pair = e4m3_pair(x * factor, y * factor);
+    at[0] = u8(pair), at[HALF] = u8(pair >> 8);
+  }
+};
+
 // What stands behind the products. A thread finishes every THREADSth of the block's results.
 struct Behind {
   static constexpr int ITEMS = ceil_div(BLOCK_UNITS * TOKENS, THREADS);
   scalar_t residual[ITEMS], bias[ITEMS][2];
+  Feature features[ITEMS];
 
   __device__ __forceinline__ static int token(int i) { return (threadIdx.x + i * THREADS) / BLOCK_UNITS; }
   __device__ __forceinline__ static int unit(int i) { return (threadIdx.x + i * THREADS) % BLOCK_UNITS; }
@@ -181,9 +245,10 @@ struct Behind {
       if (!present(p, share, i)) continue;
       if (p.residual) residual[i] = *out(p, share, i);
       if (p.bias) {
-        bias[i][0] = p.bias[share.first + unit(i)];
-        if (SWIGLU) bias[i][1] = p.bias[share.units + share.first + unit(i)];
+        bias[i][0] = p.bias[share.row(unit(i))];
+        if (PAIRS) bias[i][1] = p.bias[share.to_other() + share.row(unit(i))];
       }
+      if (APPEND) features[i].load(p.heads, token(i), share.first + unit(i));
     }
   }
 
@@ -199,14 +264,18 @@ struct Behind {
       for (int warp = 0; warp < WARPS; ++warp) {
         const float* const at = sums + (warp * p.tokens + token(i)) * PITCH + row;
         total[0] += at[0];
-        if (SWIGLU) total[1] += at[UNITS];
+        if (PAIRS) total[1] += at[UNITS];
         if (NORM) square += squares[warp][token(i)];
       }
       const float factor = NORM ? rsqrtf(square / float(p.inputs) + p.norm_eps) : 1.f;
 #pragma unroll
-      for (int half = 0; half < (SWIGLU ? 2 : 1); ++half) {
+      for (int half = 0; half < (PAIRS ? 2 : 1); ++half) {
         total[half] *= factor;
         if (p.bias) total[half] += to_float(bias[i][half]);
+      }
+      if (APPEND) {
+        features[i].store(p.heads, p.out, token(i), share.first + unit(i), total[0], total[1]);
+        continue;
       }
       float y = total[0];
       if (SWIGLU) y *= fast_reciprocal(1.f + fast_exp2(-LOG2E * y)) * total[1];
@@ -218,7 +287,8 @@ struct Behind {
 
 // Dynamic shared memory: the warps' rings [WARPS][DEPTH][STAGE] of 16 bytes, then in their place the sums [WARPS][tokens]
 // [PITCH] of floats, whichever takes more.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) project(const __grid_constant__ Params p) {
+constexpr int BLOCKS = APPEND && TOKENS > 8 ? 1 : 2;  // of an SM: with so many tokens, a ring takes more than half of it
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) project(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint4 dynamic[];
   __shared__ float squares[WARPS][TOKENS];
   const int warp = threadIdx.x / 32, stages = ceil_div(max(0, p.inputs - warp * GROUP), STRIDE);

@@ -5,6 +5,13 @@ programmatic: weights are asked for while the kernel ahead still runs. So a proj
 be rewritten in place once it has run. What wrote them in the first place is waited for: a projection's
 first launch is an ordinary one.
 
+Behind the projection to queries, keys and values it is `cache.append_rotated` too. The block that computes a
+feature computes the one that rope turns it with, since rows of the weight are dealt in such pairs. What it
+may write while others run: by the chain's rule (every kernel waits for the one ahead before it lets the one
+behind start) all but the kernel just ahead have ended when this one starts, and that one when its wait
+returns. So nobody reads this layer's cache any more; attention behind it reads older keys at once, which
+nobody writes, and these behind its own wait.
+
 RMSNorm's factor is applied behind the product: x times the norm's weight is what must be finite, which
 in float16 ends at 65504.
 """
@@ -13,22 +20,23 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from strobe.cuda import jit
 from strobe.device import gpu
-from strobe.linear import cuda_call
-from strobe.linear.problem import LinearProblem
+from strobe.linear.problem import Append, LinearProblem
 from strobe.linear.projection import Projection
+from strobe.ops import cache
 
 IDEA = "weights to each lane's own ring, ahead of tensor cores and of the kernel ahead; all around it fused"
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _TOKENS_MAX = 16
 _DTYPES = ("bfloat16", "float16")
+_FP8 = "float8_e4m3fn"
 _WARPS, _ROWS, _STEPS = 8, 8, 2  # of cuda_skinny.cu
 _STAGES_MAX = 8
 _BLOCK_RESERVES = 1024
@@ -45,13 +53,28 @@ def refusals(problem: LinearProblem) -> list[str]:
         reasons.append(f"{problem.tokens} tokens; supported: up to {_TOKENS_MAX}")
     if problem.inputs % 8 or not problem.inputs:
         reasons.append(f"inputs {problem.inputs}; supported: multiples of 8")
+    if problem.append is not None:
+        reasons += _refused_heads(problem, problem.append)
+    return reasons
+
+
+def _refused_heads(problem: LinearProblem, heads: Append) -> list[str]:
+    reasons = []
+    if heads.head_norms:
+        reasons.append("norms of heads before they are rotated: a head's features are many blocks'")
+    if heads.head_dim % 2:
+        reasons.append(f"head_dim {heads.head_dim}; supported: even ones")
+    if heads.kv_dtype not in (problem.dtype, _FP8):
+        reasons.append(f"cache in {heads.kv_dtype}; supported: {problem.dtype}, {_FP8}")
+    elif heads.kv_dtype == _FP8 and problem.arch < 89:
+        reasons.append(f"cache in {_FP8}; needs compute capability 8.9 and up")
     return reasons
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is built and launched: `blocks` of `each` results a token, in `tiles` of 8 rows of
-    the weight, each warp's ring of `stages`."""
+    """How the kernel is built and launched: `blocks` of `each` units, in `tiles` of 8 rows of the weight,
+    each warp's ring of `stages`. A unit is one row, or two that belong together."""
 
     tokens: int
     """A power of two, at least as many as there are."""
@@ -62,8 +85,11 @@ class Shape:
     shared_bytes: int
 
     def defines(self, problem: LinearProblem) -> dict[str, jit.Define]:
+        heads, scalar = problem.append, jit.SCALAR[problem.dtype]
         return {
-            "scalar_t": cuda_call.SCALAR[problem.dtype],
+            "scalar_t": scalar,
+            "kv_t": "u8" if heads is not None and heads.kv_dtype == _FP8 else scalar,
+            "HEAD_DIM": 0 if heads is None else heads.head_dim,
             "SWIGLU": problem.swiglu,
             "NORM": problem.norm,
             "TOKENS": self.tokens,
@@ -80,15 +106,16 @@ def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Sh
     best of 3 to 6 for up to 8 tokens, 8 of 4 to 10 for 16.
     """
     tokens = 1 << (problem.tokens - 1).bit_length()
-    rows = _ROWS // 2 if problem.swiglu else _ROWS  # of results in a tile
-    tiles = -(-problem.columns // rows)
+    paired = problem.swiglu or problem.append is not None
+    units, rows = (problem.outputs // 2, _ROWS // 2) if paired else (problem.outputs, _ROWS)  # all, a tile's
+    tiles = -(-units // rows)
     room = _room(problem, shared_bytes) - 4 * _WARPS * tokens  # behind the sums of squares
     shares_an_sm = 2 * room < shared_bytes
     for most in (8, 5, 4, 3, 2, 1) if tokens > 8 else (5, 4, 3, 2, 1):
         rounds = -(-tiles // (most * sm_count))
         if rounds > 1 and shares_an_sm:
             rounds += rounds % 2
-        each = -(-problem.columns // (rounds * sm_count))
+        each = -(-units // (rounds * sm_count))
         held = -(-each // rows)
         stage = 16 * _STEPS * (32 * held + 4 * tokens + 4 * problem.norm)
         stages = min(_STAGES_MAX, room // (_WARPS * stage))
@@ -98,7 +125,7 @@ def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Sh
     taken = max(_WARPS * stages * stage, sums)
     if problem.residual:
         taken = max(taken, room)
-    return Shape(tokens, held, each, -(-problem.columns // each), stages, taken)
+    return Shape(tokens, held, each, -(-units // each), stages, taken)
 
 
 def _room(problem: LinearProblem, shared_bytes: int) -> int:
@@ -116,6 +143,23 @@ def _room(problem: LinearProblem, shared_bytes: int) -> int:
     return (more_than_half if problem.residual else all_of_it - more_than_half) - _BLOCK_RESERVES
 
 
+class _Heads(ctypes.Structure):
+    """`Heads` of cuda_skinny.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "k_pages", "v_pages")),
+        *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale")),
+        *((name, ctypes.c_int) for name in ("q_heads", "kv_heads")),
+    ]
+
+    def point(self, to: cache.Destination) -> None:
+        self.cos, self.sin = to.turn[0].data_ptr(), to.turn[1].data_ptr()
+        self.slots, self.k_pages, self.v_pages = [x.data_ptr() for x in (to.slots, to.k_pages, to.v_pages)]
+        k_scale, v_scale = to.options.scales or (None, None)
+        self.k_scale = None if k_scale is None else k_scale.data_ptr()
+        self.v_scale = None if v_scale is None else v_scale.data_ptr()
+
+
 class _Params(ctypes.Structure):
     """`Params` of cuda_skinny.cu."""
 
@@ -123,6 +167,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "norm", "out")),
         *((name, ctypes.c_int) for name in ("tokens", "inputs", "outputs", "each", "residual")),
         ("norm_eps", ctypes.c_float),
+        ("heads", _Heads),
     ]
 
 
@@ -152,6 +197,9 @@ class Packed:
             residual=problem.residual,
             norm_eps=projection.norm_eps,
         )
+        if problem.append is not None:
+            self._params.heads.q_heads = problem.append.q_heads
+            self._params.heads.kv_heads = problem.append.kv_heads
         kernel = jit.kernel(_SOURCE, "project", shape.defines(problem), device.index)
         kernel.prefer_shared_memory()  # else there may be no room for the next kernel's blocks
         self._launch = kernel.prepare(
@@ -163,27 +211,42 @@ class Packed:
         )
         self._lock = threading.Lock()  # between setting the addresses and launching
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x and out as `LinearProblem` has them."""
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, to: cache.Destination | None = None) -> None:
+        """x and out as `LinearProblem` has them; `to` where it appends."""
         address = x.data_ptr()
         if address % 16:
             x = x.clone()
             address = x.data_ptr()
         with self._lock:
             self._params.x, self._params.out = address, out.data_ptr()
+            if to is not None:
+                self._params.heads.point(to)
             self._launch()
 
 
-def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
-    key = ("cuda_skinny", problem.tokens, problem.norm, problem.swiglu, problem.residual)
+def run(
+    problem: LinearProblem,
+    x: torch.Tensor,
+    projection: Projection,
+    out: torch.Tensor,
+    to: cache.Destination | None = None,
+) -> None:
+    key = ("cuda_skinny", problem.tokens, problem.norm, problem.swiglu, problem.residual, problem.append)
     packed = projection.scratch.get(key)
     if packed is not None:
-        packed(x, out)
+        packed(x, out, to)
         return
     overlaps = problem.arch >= 90
     capturing = torch.cuda.is_current_stream_capturing()
-    Packed(problem, projection, programmatic=capturing and overlaps)(x, out)
+    Packed(problem, projection, programmatic=capturing and overlaps)(x, out, to)
     projection.scratch[key] = Packed(problem, projection, programmatic=overlaps)
+
+
+def append(
+    problem: LinearProblem, x: torch.Tensor, projection: Projection, to: cache.Destination, out: torch.Tensor
+) -> None:
+    """`run` of a problem that appends: `out` are the queries."""
+    run(problem, x, projection, out, to)
 
 
 def source(problem: LinearProblem) -> jit.Source:
@@ -195,17 +258,22 @@ def source(problem: LinearProblem) -> jit.Source:
 
 def sources(arch: str) -> list[jit.Source]:
     """The projections of Llama-3-8B at one token, as an H200 runs them."""
-    number = int("".join(digit for digit in arch if digit.isdigit()))
-    if number < 80:
-        return []
-    examples = ((6144, "norm"), (4096, "residual"), (28672, "norm swiglu"), (128256, "norm"))
-    found = []
+    number = jit.arch_number(arch)
+    problems = []
     for dtype in _DTYPES:
-        for outputs, around in examples:
-            fused = dict.fromkeys(around.split(), True)
-            problem = LinearProblem(1, 4096, outputs, dtype, device="cuda", arch=number, **fused)
-            found.append(jit.Source(_SOURCE, choose_shape(problem, 132, 227 * 1024).defines(problem)))
-    return found
+        plain = LinearProblem(1, 4096, 128256, dtype, norm=True, device="cuda", arch=number)
+        problems += [
+            replace(plain, outputs=6144, append=Append(32, 8, 128, dtype)),
+            replace(plain, outputs=6144, append=Append(32, 8, 128, _FP8)),
+            replace(plain, outputs=4096, norm=False, residual=True),
+            replace(plain, outputs=28672, swiglu=True),
+            plain,
+        ]
+    return [
+        jit.Source(_SOURCE, choose_shape(problem, 132, 227 * 1024).defines(problem))
+        for problem in problems
+        if not refusals(problem)
+    ]
 
 
 def _on_16_bytes(tensor: torch.Tensor) -> torch.Tensor:

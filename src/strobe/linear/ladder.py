@@ -3,8 +3,9 @@
 A rung is a module of this package with `IDEA` (one line), `refusals(problem) -> list[str]` and
 `run(problem, x, projection, out)`, which fills `out [tokens, problem.columns]`, or adds to it where
 `problem.residual`. It does what the problem says and no more: `projection.norm` may be there and
-`problem.norm` False, since what a rung does not fuse is done beside it. One that compiles a kernel for each
-problem tells which: `source(problem)`.
+`problem.norm` False, since what a rung does not fuse is done beside it. One that appends (`problem.append`)
+has `append(problem, x, projection, destination, out)` for that. One that compiles a kernel for each problem
+tells which: `source(problem)`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Rung:
 
     def run(self, problem: LinearProblem, x: Any, projection: Any, out: Any) -> None:
         self.module.run(problem, x, projection, out)
+
+    def append(self, problem: LinearProblem, x: Any, projection: Any, destination: Any, out: Any) -> None:
+        self.module.append(problem, x, projection, destination, out)
 
     def source(self, problem: LinearProblem) -> Any:
         """The `jit.Source` that running this compiles on the current GPU, if its module tells."""

@@ -35,7 +35,7 @@ def refusals(problem: LinearProblem) -> list[str]:
         reasons.append(f"{problem.tokens} tokens; supported: {MOST_TOKENS}, or a weight that bfloat16 holds")
     if not problem.input_major:
         reasons.append("a weight that lies output by output; supported: as linear.empty_weight lays it")
-    return reasons
+    return reasons + [f"fuses no {what}" for what in problem.around if what == "append"]
 
 
 def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:

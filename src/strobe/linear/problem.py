@@ -6,12 +6,27 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class Append:
+    """The outputs are heads: queries, then keys, then values. Queries and keys are rotated (ops/rope.py),
+    keys and values go to a paged cache, and the result is the queries.
+
+    `head_norms`: each query's and key's head goes through an RMSNorm of its own before it is rotated.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    kv_dtype: str
+    head_norms: bool = False
+
+
+@dataclass(frozen=True)
 class LinearProblem:
     """`x [tokens, inputs] @ weight [outputs, inputs]ᵀ (+ bias [outputs])`, all in one dtype.
 
     With `norm`, x goes through RMSNorm first. With `swiglu`, the first half of the outputs are gates of
     the second: the result is `silu(gate) * up`. With `residual`, the result is added to what `out`
-    holds. x, bias and out are contiguous.
+    holds. With `append` neither of both: see there. x, bias and out are contiguous.
     """
 
     tokens: int
@@ -22,6 +37,7 @@ class LinearProblem:
     norm: bool = False
     swiglu: bool = False
     residual: bool = False
+    append: Append | None = None
     device: str = "cpu"
     arch: int = 0
     """Compute capability times ten (90 for an H100 or H200), 0 without a GPU."""
@@ -33,17 +49,19 @@ class LinearProblem:
     @property
     def columns(self) -> int:
         """Of the result: `[tokens, columns]`."""
+        if self.append is not None:
+            return self.append.q_heads * self.append.head_dim
         return self.outputs // 2 if self.swiglu else self.outputs
 
     @property
     def plain(self) -> LinearProblem:
         """The product alone, with its bias."""
-        return replace(self, norm=False, swiglu=False, residual=False)
+        return replace(self, norm=False, swiglu=False, residual=False, append=None)
 
     @property
     def around(self) -> list[str]:
         """What stands before and behind the product, by name."""
-        return [name for name in ("norm", "swiglu", "residual") if getattr(self, name)]
+        return [name for name in ("norm", "swiglu", "residual", "append") if getattr(self, name)]
 
     def __str__(self) -> str:
         bias = ["bias"] if self.bias else []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from strobe.cpu import jit
 from strobe.errors import ProblemError
 from strobe.linear import ladder
-from strobe.linear.problem import LinearProblem
-from strobe.ops import activation
+from strobe.linear.problem import Append, LinearProblem
+from strobe.ops import activation, cache
 from strobe.ops.norm import rms_norm
 
 
@@ -107,7 +108,7 @@ class Projection:
             UnknownNameError, KernelRefusedError: as `ladder.choose`.
         """
         added = None if residual is None else (residual.shape, residual.dtype, residual.device)
-        problem, rung, fused = _plan(kernel, self._kind, x.shape, x.dtype, x.device, added)
+        problem, rung, fused = _plan(kernel, self._kind, x.shape, x.dtype, x.device, added, None)
         if not x.is_contiguous() or not (residual is None or residual.is_contiguous()):
             raise ProblemError("x or residual is not contiguous; supported: contiguous ones")
         if fused:
@@ -124,10 +125,34 @@ class Projection:
             out = activation.swiglu(out)
         return out if residual is None else residual.add_(out)
 
-    def source(self, tokens: int, *, residual: bool, kernel: str = "auto") -> Any:
+    def append(self, x: torch.Tensor, to: cache.Destination, kernel: str = "auto") -> torch.Tensor:
+        """Queries, keys and values of x, which its outputs are in this order: `cache.append_rotated` of them.
+
+        Returns the queries, rotated, `[tokens, q_heads, head_dim]`. x, `kernel` and errors as in a call.
+        """
+        kind, pages = self._kind, to.k_pages
+        heads = _heads(kind.problem.outputs, pages.shape[2:], pages.dtype, to.options.norms is not None)
+        problem, rung, fused = _plan(kernel, kind, x.shape, x.dtype, x.device, None, heads)
+        q_heads, kv_heads, head_dim = heads.q_heads, heads.kv_heads, heads.head_dim
+        if not fused:
+            qkv = self(x, kernel=kernel).view(-1, q_heads + 2 * kv_heads, head_dim)
+            qk, v = qkv.split_with_sizes((q_heads + kv_heads, kv_heads), 1)
+            return cache.append_rotated(qk, v, to.turn, pages, to.v_pages, to.slots, to.options)
+        if not x.is_contiguous():
+            raise ProblemError("x is not contiguous; supported: a contiguous one")
+        q = x.new_empty(problem.tokens, q_heads, head_dim)
+        if problem.tokens:
+            rung.append(problem, x, self, to, q)
+        return q
+
+    def source(
+        self, tokens: int, *, residual: bool, append: Append | None = None, kernel: str = "auto"
+    ) -> Any:
         """What a call of so many tokens compiles, as `ladder.Rung.source`; errors as `ladder.choose`."""
-        problem = replace(self._kind.problem, tokens=tokens, residual=residual)
+        problem = replace(self._kind.problem, tokens=tokens, residual=residual, append=append)
         rung, run = ladder.choose(problem, kernel)
+        if append is not None and run != problem:
+            return self.source(tokens, residual=residual, kernel=kernel)
         return rung.source(run)
 
     @cached_property
@@ -164,7 +189,7 @@ class _Kind:
     device: torch.device
 
 
-@cache
+@functools.cache
 def _intern(
     shape: torch.Size,
     dtype: torch.dtype,
@@ -203,6 +228,7 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     residual: tuple[torch.Size, torch.dtype, torch.device] | None,
+    append: Append | None,
 ) -> tuple[LinearProblem, ladder.Rung, bool]:
     """What the rung is asked to run, the rung, and whether that is all there is to do."""
     sizes = kind.problem
@@ -215,9 +241,20 @@ def _plan(
     if residual not in (None, (torch.Size((shape[0], sizes.columns)), dtype, device)):
         given = f"residual is {residual[1]} {list(residual[0])} on {residual[2]}"
         raise ProblemError(f"{given}; supported: {dtype} {[shape[0], sizes.columns]} on {device}")
-    problem = replace(sizes, tokens=shape[0], residual=residual is not None)
+    problem = replace(sizes, tokens=shape[0], residual=residual is not None, append=append)
     rung, run = ladder.choose(problem, kernel)
     return run, rung, run == problem
+
+
+@lru_cache(maxsize=4096)
+def _heads(outputs: int, kv_shape: torch.Size, kv_dtype: torch.dtype, head_norms: bool) -> Append:
+    """What so many outputs are, given a cache of `kv_shape` (kv_heads, head_dim) a token."""
+    kv_heads, head_dim = kv_shape
+    q_heads = outputs // head_dim - 2 * kv_heads
+    if outputs % head_dim or q_heads < 1:
+        given = f"weight has {outputs} outputs, a cache's token {list(kv_shape)}"
+        raise ProblemError(f"{given}; supported: (q_heads + 2 kv_heads) head_dim outputs")
+    return Append(q_heads, kv_heads, head_dim, str(kv_dtype).removeprefix("torch."), head_norms)
 
 
 def _of(tensor: torch.Tensor) -> str:

@@ -85,31 +85,26 @@ class Llama:
             batch.token_ids, self.weights.embedding, batch.positions, self._signed_frequencies, batch.picks
         )
         for index, layer in enumerate(self.weights.layers):
-            qkv = layer.qkv(x, kernel=kernel)
-            attended = self._attention(index, layer, qkv, turn, batch)
-            layer.output(attended, residual=x, kernel=kernel)
+            q = layer.qkv.append(x, self._destination(index, layer, turn, batch), kernel)
+            layer.output(self._attention(index, q, batch), residual=x, kernel=kernel)
             raised = layer.gate_up(x, kernel=kernel)
             layer.down(raised, residual=x, kernel=kernel)
         return self.weights.head(batch.wanted(x), kernel=kernel)
 
-    def _attention(
-        self,
-        index: int,
-        layer: LlamaLayer,
-        qkv: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-    ) -> torch.Tensor:
-        """qkv `[tokens, q_size + 2 * kv_size]` → `[tokens, q_size]`, its keys and values appended."""
-        c = self.config
-        heads = qkv.view(-1, c.q_heads + 2 * c.kv_heads, c.head_dim)
-        qk, v = heads.split_with_sizes((c.q_heads + c.kv_heads, c.kv_heads), 1)
+    def _destination(
+        self, index: int, layer: LlamaLayer, turn: cache.Turn, batch: Batch
+    ) -> cache.Destination:
+        """Of a layer's new keys and values."""
         norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            norms = cache.HeadNorms(layer.q_norm, layer.k_norm, c.norm_eps)
-        k_pages, v_pages = batch.kv_cache.layers[index]
+            norms = cache.HeadNorms(layer.q_norm, layer.k_norm, self.config.norm_eps)
         options = cache.Options(norms, settled=batch.layout.settled)
-        q = cache.append_rotated(qk, v, turn, k_pages, v_pages, batch.slots, options)
+        return cache.Destination(turn, *batch.kv_cache.layers[index], batch.slots, options)
+
+    def _attention(self, index: int, q: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """q `[tokens, q_heads, head_dim]` → `[tokens, q_size]`."""
+        c = self.config
+        k_pages, v_pages = batch.kv_cache.layers[index]
         out: Any = attention(
             batch.rows(q),
             k_pages,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from strobe.linear import Projection
+from strobe.linear.problem import Append
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
 from strobe.models.gpt2 import GPT2, GPT2Weights
@@ -42,12 +43,21 @@ def build(config: ModelConfig, weights: Weights) -> Model:
     return Llama(config, weights) if isinstance(weights, LlamaWeights) else GPT2(config, weights)
 
 
-def products(weights: Weights) -> list[tuple[Projection, bool]]:
-    """A layer's projections and the head, and whether each adds to the residual stream."""
-    layer = weights.layers[0]
+def products(model: Model) -> list[tuple[Projection, bool, Append | None]]:
+    """A layer's projections and the head: whether each adds to the residual stream, and what it appends to a
+    cache of the model's dtype."""
+    c, layer = model.config, model.weights.layers[0]
+    heads = None
+    if isinstance(model, Llama):
+        dtype = str(model.dtype).removeprefix("torch.")
+        heads = Append(c.q_heads, c.kv_heads, c.head_dim, dtype, head_norms=c.qk_norm)
     named = ((field.name, getattr(layer, field.name)) for field in fields(layer))
-    found = [(each, name in ("output", "down")) for name, each in named if isinstance(each, Projection)]
-    return [*found, (weights.head, False)]
+    found = [
+        (each, name in ("output", "down"), heads if name == "qkv" else None)
+        for name, each in named
+        if isinstance(each, Projection)
+    ]
+    return [*found, (model.weights.head, False, None)]
 
 
 def tensors(weights: Any) -> Iterator[torch.Tensor]:

@@ -49,6 +49,18 @@ class Options:
     settled: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where the keys and values of one layer go, and what happens to heads on the way: the arguments of
+    `append_rotated`."""
+
+    turn: Turn
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    slots: torch.Tensor
+    options: Options
+
+
 def append(
     k: torch.Tensor,
     v: torch.Tensor,
