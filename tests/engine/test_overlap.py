@@ -247,6 +247,30 @@ def test_a_preempted_sequence_that_waits_survives_a_failed_step(checkpoint, monk
         assert request.output().token_ids == same.output().token_ids
 
 
+def test_a_sequence_of_a_step_half_written_back_is_lost_though_it_waits(checkpoint, monkeypatch):
+    """Its token is written, and whether it ends there is not: it must not go on from it."""
+    engine = Engine(checkpoint.model, None, replace(OVERLAPPED, kv_cache_pages=12, max_num_seqs=4))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    requests = [Request(str(index), (index, *range(10)), params) for index in range(4)]
+    for request in requests:
+        engine.add(request)
+    accept, stop, waited = engine.scheduler.accept, engine._stop, []
+
+    def note(schedule, tokens):
+        waited[:] = [s.request.request_id for s in schedule.sampled if s in engine.scheduler.waiting]
+        accept(schedule, tokens)
+
+    monkeypatch.setattr(engine.scheduler, "accept", note)
+    monkeypatch.setattr(engine, "_stop", lambda *row: 1 / 0 if waited else stop(*row))
+    with pytest.raises(ZeroDivisionError):
+        drain(engine)
+    monkeypatch.undo()
+    assert set(waited) <= set(engine.drop_running())
+    drain(engine)
+    engine.scheduler.check()
+    assert engine.scheduler.cache.used == 0
+
+
 def test_pages_that_were_written_late_are_found_again(checkpoint):
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     found = []

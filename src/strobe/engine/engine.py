@@ -73,6 +73,8 @@ class Engine:
         self._live: dict[str, Request] = {}
         self._launched: deque[tuple[Schedule, Sampled]] = deque()
         """Steps that run, or have run, and were not accepted: one at most between two calls of `step`."""
+        self._accepting: Schedule | None = None
+        """The step that is being written back; still there after one that failed half-way."""
         self._told: list[StreamChunk] = []
         """What the next return of `step` tells: kept here, so that a step that fails loses nothing."""
         self._live_lock = threading.Lock()
@@ -150,6 +152,9 @@ class Engine:
             kept = {sequence.request.request_id for sequence in self.scheduler.waiting}
             kept |= {request.request_id for request in self._arrived}
             kept -= {sequence.request.request_id for sequence in self.scheduler.running}
+            if self._accepting is not None:
+                kept -= {sequence.request.request_id for sequence in self._accepting.sampled}
+                self._accepting = None
             dropped = [request for request in self._live.values() if request.request_id not in kept]
             for request in dropped:
                 del self._live[request.request_id]
@@ -227,7 +232,9 @@ class Engine:
             schedule, sampled = self._launched[0]
             drawn = sampled.read()
             self._launched.popleft()
+            self._accepting = schedule
             self._accept(schedule, drawn)
+            self._accepting = None
         if not self._live:  # what is left was launched for those that are over
             self._launched.clear()
 
