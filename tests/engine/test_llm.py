@@ -135,6 +135,28 @@ def test_an_interrupt_leaves_nothing_running(llm):
         )
 
 
+def test_a_step_that_is_cut_off_corrupts_no_stream(llm, monkeypatch):
+    """A page that siblings share may have been about to be copied: who would read the copy is lost."""
+    ids, params = [5, 6, 7, 8, 9], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=2)
+    (whole,) = llm.generate([ids], params)
+    llm.generate([[token] * 90 for token in range(8)], GREEDY)  # no page is fresh
+    llm.engine.scheduler.forget_prefixes()
+    stream, run = llm.stream(ids, params), llm.engine.runner.run
+    next(stream)  # the siblings have a token each, and share all pages
+
+    def interrupt(schedule):
+        monkeypatch.setattr(llm.engine.runner, "run", run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("b", GREEDY)
+    next(stream)  # told by the step before
+    with pytest.raises(StrobeError, match="the request is lost"):
+        next(stream)
+    assert llm.generate([ids], params)[0].outputs == whole.outputs
+
+
 def test_one_bad_prompt_runs_none(llm):
     steps = llm.engine.stats().steps
     with pytest.raises(RequestError, match=r"prompt 2 of 2: the prompt has .* context is 160"):

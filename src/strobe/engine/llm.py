@@ -136,6 +136,7 @@ class LLM:
 
         Raises:
             RequestError, OutOfPagesError: at once, before the first chunk.
+            StrobeError: later, where a step failed or was interrupted that the request was part of.
         """
         request = self._request(prompt, params, stream=True)
         self.engine.check(request)
@@ -198,8 +199,16 @@ class LLM:
             raise type(error)(f"{which}: {error.message}", hint=error.hint) from None
 
     def _step(self) -> list[StreamChunk]:
-        """One step for all requests; chunks of those that stream are kept for their own iterators."""
-        chunks = self.engine.step()
+        """One step for all requests; chunks of those that stream are kept for their own iterators.
+
+        Requests that were part of a step that fails, or that Ctrl-C cuts off, are lost: what it was to write
+        to their pages may not be there.
+        """
+        try:
+            chunks = self.engine.step()
+        except BaseException:
+            self.engine.drop_running()
+            raise
         for chunk in chunks:
             if chunk.request_id in self._mail:
                 self._mail[chunk.request_id].append(chunk)
@@ -208,11 +217,15 @@ class LLM:
     def _chunks(self, request: Request) -> Generator[StreamChunk, None, None]:
         mail = self._mail.setdefault(request.request_id, deque())
         self.engine.add(request)
+        chunk = None
         try:
-            while not request.finished or mail:
+            while chunk is None or chunk.metrics is None:
                 while not mail:
+                    if request.finished:
+                        raise StrobeError("the request is lost: a step that it was part of was cut off")
                     self._step()
-                yield mail.popleft()
+                chunk = mail.popleft()
+                yield chunk
         finally:
             del self._mail[request.request_id]
             if not request.finished:
