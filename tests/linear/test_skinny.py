@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from strobe.attention.decode import cuda_cluster
+from strobe.attention.problem import AttentionProblem, Paged
 from strobe.linear import cuda_skinny, ladder
 from strobe.linear.problem import Append, LinearProblem
 
@@ -44,11 +46,29 @@ def test_blocks_cover_the_outputs_and_fit(
 def test_a_kernel_of_either_kind_fits_beside_the_other(arch: int, tokens: int) -> None:
     """Of those that add to a residual an SM holds one block, and beside it one of another kernel."""
     sm = (SHARED_KIB[arch] + 1) * 1024
-    kept = 1024 + 4 * 8 * 8  # of each block: what the SM keeps, and the squares
+    kept = 1024  # of each block
     onto = shape_of(arch, 4096, tokens, residual=True).shared_bytes + kept
-    normed = shape_of(arch, 28672, tokens, norm=True, swiglu=True).shared_bytes + kept
+    normed = shape_of(arch, 28672, tokens, norm=True, swiglu=True).shared_bytes + kept + 4 * 8 * 8  # squares
     assert 2 * onto > sm
     assert onto + normed <= sm
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (32, 32, 128), (32, 8, 64)])
+def test_attention_by_clusters_fits_beside_the_projection_behind_it(
+    tokens: int, q_heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Of which an SM holds one block still. Shared memory comes in pieces of 128 bytes."""
+    layout = Paged(None, None, settled=True)
+    row = AttentionProblem(
+        *(1, 1, 1024, q_heads, kv_heads, head_dim), layout=layout, page_size=16, device="cuda", arch=90
+    )
+    attention = cuda_cluster.choose_shape(row)
+    output = shape_of(90, 4096, tokens, residual=True)
+    beside, onto = (
+        -(-(each + 1024) // 128) * 128 for each in (attention.shared_bytes(), output.shared_bytes)
+    )
+    assert beside + onto <= 228 * 1024 < 2 * onto
 
 
 @pytest.mark.parametrize(

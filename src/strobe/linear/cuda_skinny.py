@@ -41,6 +41,8 @@ _WARPS, _ROWS, _STEPS = 8, 8, 2  # of cuda_skinny.cu
 _STAGES_MAX = 8
 _BLOCK_RESERVES = 1024
 """Bytes of an SM's shared memory that each block takes besides its own."""
+_GRAIN = 128
+"""Bytes in which an SM hands out shared memory."""
 
 
 def refusals(problem: LinearProblem) -> list[str]:
@@ -109,7 +111,8 @@ def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Sh
     paired = problem.swiglu or problem.append is not None
     units, rows = (problem.outputs // 2, _ROWS // 2) if paired else (problem.outputs, _ROWS)  # all, a tile's
     tiles = -(-units // rows)
-    room = _room(problem, shared_bytes) - 4 * _WARPS * tokens  # behind the sums of squares
+    squares = 4 * _WARPS * tokens  # their sums, where there is a norm: beside the rings
+    room = _room(problem, shared_bytes) - squares
     shares_an_sm = 2 * room < shared_bytes
     for most in (8, 5, 4, 3, 2, 1) if tokens > 8 else (5, 4, 3, 2, 1):
         rounds = -(-tiles // (most * sm_count))
@@ -124,23 +127,23 @@ def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Sh
     sums = 4 * _WARPS * problem.tokens * (_ROWS * held + 4)
     taken = max(_WARPS * stages * stage, sums)
     if problem.residual:
-        taken = max(taken, room)
+        taken = max(taken, min(_room(problem, shared_bytes), shared_bytes - squares))
     return Shape(tokens, held, each, -(-units // each), stages, taken)
 
 
 def _room(problem: LinearProblem, shared_bytes: int) -> int:
     """Bytes for a block, so that the next kernel's fits beside it.
 
-    Those that add to a residual follow attention, which leaves an SM no room: the SM that is free first
-    would get two of them, another none. So they take more than half of it, and the others the rest: a
-    layer of Llama-3-8B takes 115 µs, and 128 where both take half. With more than eight tokens deeper
-    rings are worth more than an early start.
+    Those that add to a residual follow attention: of `cuda_paged`, which leaves an SM no room, the SM that is
+    free first would get two of them, another none. So they take more than half of it, and the others less: a
+    layer of Llama-3-8B takes 115 µs, and 128 where both take half. It is as little more as there is, since
+    `cuda_cluster` takes as little less for one row: they fit beside one another. With more than eight
+    tokens deeper rings are worth more than an early start.
     """
-    all_of_it = shared_bytes + _BLOCK_RESERVES
     if problem.tokens > 8:
         return shared_bytes
-    more_than_half = all_of_it // 2 + 2 * _BLOCK_RESERVES
-    return (more_than_half if problem.residual else all_of_it - more_than_half) - _BLOCK_RESERVES
+    half = (shared_bytes + _BLOCK_RESERVES) // 2 - _BLOCK_RESERVES
+    return half + _GRAIN if problem.residual else half - 2 * _BLOCK_RESERVES
 
 
 class _Heads(ctypes.Structure):
