@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra `server`")
 
+from strobe.engine.config import EngineConfig
 from strobe.engine.request import Metrics, Request, StreamChunk, TokenLogprobs
 from strobe.engine.sampling_params import SamplingParams
-from strobe.server.bridge import Stream
+from strobe.server.bridge import EngineBridge, Stream
+from strobe.server.config import ServerConfig
 from strobe.server.errors import ApiError
+from strobe.server.metrics import Metrics as ServerMetrics
 
 METRICS = Metrics(1, 0, 3, 0.0, 0.0, 0.0, 0.0, 0)
 
@@ -69,6 +73,20 @@ def test_a_reader_that_is_behind_is_told_everything_once_and_in_order() -> None:
     asyncio.run(play())
 
 
+def test_the_end_of_the_last_sequence_ends_no_other_early() -> None:
+    """The chunk that ends the request may be read before what a sibling said earlier."""
+
+    async def play() -> None:
+        stream, _ = _stream(n=2)
+        stream.put(_chunk(0, 1))
+        stream.put(_chunk(1, 2))
+        stream.put(_chunk(1, 3, finish_reason="length"))
+        stream.put(_chunk(0, 4, finish_reason="length", metrics=METRICS))
+        assert [(chunk.index, chunk.token_ids) async for chunk in stream] == [(0, (1, 4)), (1, (2, 3))]
+
+    asyncio.run(play())
+
+
 def test_an_error_comes_after_what_was_said_before_it() -> None:
     async def play() -> None:
         stream, bridge = _stream()
@@ -96,3 +114,27 @@ def test_a_reader_waits_until_there_is_news() -> None:
             await asyncio.wait_for(anext(stream), 0.01)
 
     asyncio.run(play())
+
+
+def test_the_gap_between_tokens_is_each_sequences_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several tokens in one delivery each has its share of the gap."""
+    clock = SimpleNamespace(now=10.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("strobe.server.bridge.time", clock)
+    metrics, seen = ServerMetrics("tiny"), []
+    monkeypatch.setattr(metrics, "inter_token", SimpleNamespace(observe=seen.append))
+
+    async def play() -> None:
+        engine: Any = SimpleNamespace(config=EngineConfig(), check=lambda _: None, add=lambda _: None)
+        bridge = EngineBridge(engine, ServerConfig(), metrics)
+        monkeypatch.setattr(EngineBridge, "healthy", True)
+        bridge.submit([Request("a", (1,), SamplingParams(n=2, max_tokens=8), stream=True)])
+        for now, chunks in (
+            (10.0, [_chunk(0, 1), _chunk(1, 2)]),
+            (10.5, [_chunk(0, 3)]),
+            (11.5, [_chunk(0, 4), _chunk(1, 5), _chunk(0, 6), _chunk(1, 7), _chunk(1, 8)]),
+        ):
+            clock.now = now
+            bridge._deliver(chunks)
+
+    asyncio.run(play())
+    assert seen == [0.5, 0.5, 0.5, 0.5, 0.5, 0.5]

@@ -14,8 +14,9 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from strobe.engine.request import Request, StreamChunk
@@ -62,7 +63,7 @@ class Stream:
 
         Raises ApiError where a request timed out or the engine failed.
         """
-        if not self._unfinished:
+        if not self._unfinished and not self._mail:
             raise StopAsyncIteration
         if self._came.is_set():
             await asyncio.sleep(0)  # news of many sequences must not keep the event loop from others
@@ -88,6 +89,7 @@ class Stream:
     def close(self) -> None:
         """Leave; pages are free within a step. Nothing happens where the requests are over."""
         self._unfinished = 0
+        self._mail.clear()
         for request_id in self.index_of:
             self._bridge.drop(request_id)
 
@@ -98,7 +100,8 @@ class _Live:
 
     request: Request
     stream: Stream
-    last_chunk: float | None = None
+    told_at: dict[int, float] = field(default_factory=dict)
+    """When each sequence's last tokens were delivered, where the request streams."""
 
 
 class EngineBridge:
@@ -246,6 +249,7 @@ class EngineBridge:
     def _deliver(self, chunks: Sequence[StreamChunk]) -> None:
         now = time.monotonic()
         asyncio.get_running_loop().call_soon(self._delivered, now)  # behind the readers that wake now
+        gained: Counter[tuple[_Live, int]] = Counter()
         for chunk in chunks:
             live = self._live.get(chunk.request_id)
             if live is None:
@@ -254,13 +258,17 @@ class EngineBridge:
                 outgrown = any(s.matcher is not None and s.matcher.failed for s in live.request.sequences)
                 self._fail(live, too_complex() if outgrown else internal())
                 continue
-            if live.request.stream and live.last_chunk is not None:
-                self.metrics.inter_token.observe(now - live.last_chunk)
-            live.last_chunk = now
+            if live.request.stream:
+                gained[live, chunk.index] += len(chunk.token_ids)
             if chunk.metrics is not None:
                 del self._live[chunk.request_id]
                 self.metrics.observe(chunk.metrics, chunk.finish_reason or "abort")
             live.stream.put(chunk)
+        for (live, index), tokens in gained.items():
+            gap = now - live.told_at.get(index, math.inf)
+            for _ in range(tokens if gap >= 0 else 0):
+                self.metrics.inter_token.observe(gap / tokens)
+            live.told_at[index] = now
 
     def _delivered(self, begun: float) -> None:
         now = time.monotonic()
