@@ -1,7 +1,7 @@
 """FlashAttention for Hopper's own units: bulk copies, warpgroup products, warps with a role each.
 
 Sources: Dao 2023 (arXiv 2307.08691); Shah et al. 2024, FlashAttention-3 (arXiv 2407.08608) for producer
-and consumers, turns, and the overlap of products and softmax. What is our own is in cuda_hopper.cu.
+and consumers, turns, and the overlap of products and softmax. What is our own is told at the head of cuda_hopper.cu.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _LOG2E = math.log2(math.e)
 
 
 class Params(ctypes.Structure):
-    """`Params` of cuda_hopper.cu."""
+    """`Params` of hopper_work.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("out", "lse", "sinks", "cu_seqlens_q", "cu_seqlens_kv")),

@@ -1,0 +1,171 @@
+// A consumer: one warpgroup with 64 queries of each work, whose scores, weights and output stay in its registers.
+//
+// Defines: as cuda_hopper.cu.
+#pragma once
+
+#include "hopper_results.cuh"
+
+struct Consumer : Results {
+  using Results::Results;
+
+  __device__ __forceinline__ void run() {
+    if (consumer == CONSUMERS - 1) end_turn();  // the first turn is consumer 0's
+    const Work* work = next_work();
+    if (!work) return;
+    Softmax softmax(p.scale_log2);
+    begin(*work, softmax);
+    while (true) {
+      steps(*work, softmax);
+      const Work* coming = FOLDED ? nullptr : next_work();
+      if (!coming) break;
+      turn_over(*work, softmax, *coming);
+      __syncwarp();
+      release(s.work_empty[work - s.work]);
+      work = coming;
+    }
+    finish(*work, softmax);
+    if (BULK_STORE && threadIdx.x % 128 == 0) bulk_wait_read();
+  }
+
+  // Null after the last.
+  __device__ __forceinline__ const Work* next_work() {
+    const Work& work = s.work[work_ring.stage];
+    s.work_full[work_ring.stage].wait(work_ring.parity);
+    work_ring.advance();
+    return work.head < 0 ? nullptr : &work;
+  }
+
+  // A work's first weights, with no output yet.
+  __device__ __forceinline__ void begin(const Work& work, Softmax& softmax) {
+    if (FOLDED) pass_over(work);
+    s.q_full[q_ring.stage][consumer].wait(q_ring.parity);
+    s.k_full[k_ring.stage].wait(k_ring.parity);
+    pin(scores);
+    issue_scores();
+    wgmma_wait<0>();
+    scores_done();
+    first_weights(work, softmax);
+    clear_out();
+    take_weights();
+    v_rows = work.kv_len - (work.keys_of(consumer).end - 1) * K_TILE;
+  }
+
+  // FOLDED: the key tiles that only the other consumer sees, and their turns.
+  __device__ __forceinline__ void pass_over(const Work& work) {
+    for (int n = work.all_keys().end; n > work.keys_of(consumer).end; --n) {
+      s.k_full[k_ring.stage].wait(k_ring.parity);
+      named_sync<256>(1 + consumer);
+      end_turn();
+      release(s.k_empty[k_ring.stage]);
+      k_ring.advance();
+      s.v_full[v_ring.stage].wait(v_ring.parity);
+      __syncwarp();
+      release(s.v_empty[v_ring.stage]);
+      v_ring.advance();
+    }
+  }
+
+  // All key tiles after the first, back to front: the masked ones of the diagonal, the full ones, those at the
+  // window's left end. The bounds stay in shared memory: registers are short.
+  __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
+    const KeyTiles& keys = work.keys_of(consumer);
+    int n = keys.end - 2;
+    if (HAS_RIGHT)
+      for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
+    const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
+    for (; n >= lowest; --n) step<false>(work, softmax, n);
+    if (HAS_LEFT)
+      for (; n >= keys.begin; --n) step<true>(work, softmax, n);
+    if (keys.begin == keys.end - 1) leave_q();
+  }
+
+  // The scores of key tile n, and under them the output of key tile n + 1.
+  template <bool MASKED>
+  __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
+    take_turn();
+    if (n == work.keys_of(consumer).begin) leave_q();
+    cap_scores();
+    if (MASKED) mask_scores(work, n);
+    const bool raised = weigh<false>(softmax);
+    wait_for_out();
+    if (raised) {
+#pragma unroll
+      for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
+    }
+    take_weights();
+    if (BULK_STORE && n == work.keys_of(consumer).end - 2) free_q();
+  }
+
+  // The next work's first scores, and under them the last output of this one.
+  __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
+    if (BULK_STORE && work.keys_of(consumer).begin == work.keys_of(consumer).end - 1) free_q();
+    s.q_full[q_ring.stage][consumer].wait(q_ring.parity);
+    take_turn();
+    if constexpr (!OVERLAP) store(work, softmax);
+    Softmax fresh(p.scale_log2);
+    first_weights(coming, fresh);
+    if constexpr (OVERLAP) {
+      wait_for_out();
+      store(work, softmax);
+    }
+    clear_out();
+    take_weights();
+    v_rows = coming.kv_len - (coming.keys_of(consumer).end - 1) * K_TILE;
+    softmax = fresh;
+  }
+
+  __device__ __forceinline__ void finish(const Work& work, Softmax& softmax) {
+    pin(out);
+    issue_out();
+    wgmma_wait<0>();
+    out_done();
+    if (BULK_STORE) meet();  // all warps are done with q
+    store(work, softmax);
+  }
+
+  // --- scores to weights
+
+  __device__ __forceinline__ void first_weights(const Work& work, Softmax& softmax) {
+    const KeyTiles& keys = work.keys_of(consumer);
+    cap_scores();
+    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores(work, keys.end - 1);
+    weigh<true>(softmax);
+  }
+
+  template <bool FIRST>
+  __device__ __forceinline__ bool weigh(Softmax& softmax) {
+    if constexpr (OVERLAP) return softmax.weigh<FIRST>(scores, coming_weights);
+    else return softmax.weigh<FIRST>(scores, weights);
+  }
+
+  // `zero` is 0, but the compiler cannot know: it would let both arrays share registers, and then would have to
+  // serialise the products that still read them (ptxas C7513).
+  __device__ __forceinline__ void take_weights() {
+    if constexpr (OVERLAP) {
+#pragma unroll
+      for (int i = 0; i < K_TILE / 4; ++i) weights[i] = coming_weights[i] ^ u32(p.zero);
+    }
+  }
+
+  __device__ __forceinline__ void cap_scores() {
+    if (SOFTCAP) {
+#pragma unroll
+      for (int i = 0; i < K_TILE / 2; ++i) scores[i] = tanh_by_exp2(scores[i] * p.softcap_scale);
+    }
+  }
+
+  __device__ __forceinline__ void mask_scores(const Work& work, int n) {
+    const auto mask = work.mask(p);
+    const int column = n * K_TILE + lane() % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = token_of(work, half);
+      const int first = mask.first(token) - column, end = mask.end(token) - column;
+#pragma unroll
+      for (int j = 0; j < K_TILE / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (8 * j + i >= end || (HAS_LEFT && 8 * j + i < first)) scores[4 * j + 2 * half + i] = NEG_INF;
+    }
+  }
+};

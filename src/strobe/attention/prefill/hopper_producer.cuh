@@ -1,0 +1,192 @@
+// The producer: one warp that draws works and copies what they need.
+//
+// Defines: as cuda_hopper.cu.
+#pragma once
+
+#include "grid_dependency.cuh"
+#include "hopper_work.cuh"
+#include "tma.cuh"
+
+// Loads everything in the order in which the consumers use it: a key tile's scores are due before the output of the
+// key tile ahead of it, also from one tile of queries to the next.
+struct Producer {
+  const Params& p;
+  Shared& s;
+  const TensorMap &q, &k, &v;
+  const int lane = threadIdx.x % 32;
+  Ring<STAGES> k_ring, v_ring;
+  Ring<Q_STAGES> q_ring;
+  Ring<WORKS> work_ring;
+
+  struct KeyRows {
+    int kv_head, batch, start, len;
+  };
+  KeyRows due_rows;
+  bool begun = false;  // what the first work begins with goes ahead of what it needs later
+  int due_tile = -1, due_page;  // of the values that are still to be loaded
+
+  __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
+    const auto [head, q_tile] = tile;
+    Work work = {head / p.q_heads, head % p.q_heads, 0, p.q_len, 0, p.kv_len};
+    if (PACKED_Q) {
+      work.q_start = p.cu_seqlens_q[work.batch];
+      work.q_len = p.cu_seqlens_q[work.batch + 1] - work.q_start;
+    }
+    if (PACKED_KV) {
+      work.kv_start = p.cu_seqlens_kv[work.batch];
+      work.kv_len = p.cu_seqlens_kv[work.batch + 1] - work.kv_start;
+    }
+    if (PAGED) work.kv_len = p.seq_lens[work.batch];
+#pragma unroll
+    for (int part = 0; part < Work::PARTS; ++part) {
+      const int mirrored = part ? 2 * p.order.q_tiles - 1 - q_tile : q_tile;
+      const int first = FOLDED ? mirrored * ROWS : q_tile * Q_TILE;
+      const int last = min(first + Q_TILE / Work::PARTS, work.q_len) - 1;
+      work.q_first[part] = first;
+      work.keys[part] = KeyTiles::of<K_TILE>(work.mask(p), first, last);
+      if (KEYLESS && first > last) work.keys[part].end = work.keys[part].begin;
+    }
+    return work;
+  }
+
+  __device__ __forceinline__ void publish(const Work& work) {
+    s.work_empty[work_ring.stage].wait(work_ring.parity ^ 1);
+    if (lane == 0) {
+      s.work[work_ring.stage] = work;
+      s.work_full[work_ring.stage].arrive();
+    }
+    work_ring.advance();
+  }
+
+  // What queries that see no key get. Consumers hear of works with keys alone: they hold one until they have the next.
+  __device__ __forceinline__ void store_nothing(const Work& work) {
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    const int first = work.q_first_of(0), rows = min(Q_TILE, work.q_len - first);
+    for (int i = lane; i < rows * CHUNKS; i += 32) {
+      scalar_t* const row = p.out_row(work, first + i / CHUNKS);
+      reinterpret_cast<uint4*>(row)[i % CHUNKS] = make_uint4(0, 0, 0, 0);
+    }
+    for (int i = lane; i < rows; i += 32) p.store_lse(work, first + i, SINKS ? p.sinks[work.head] : NEG_INF);
+  }
+
+  __device__ __forceinline__ void load_q(const Work& work, int c) {
+    Barrier& full = s.q_full[q_ring.stage][c];
+    s.q_empty[q_ring.stage][c].wait(q_ring.parity ^ 1);
+    if (lane == 0) {
+      full.arrive_expecting(Q_BYTES);
+      const int row = work.q_start + work.q_first_of(c);
+      tma_load(s.q[q_ring.stage][c], q, full, 0, row, 0, work.head, PACKED_Q ? 0 : work.batch);
+    }
+  }
+
+  __device__ __forceinline__ void load_k(const KeyRows& rows, int n, int page) {
+    s.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
+    load_keys<K_TILE>(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n, page);
+    k_ring.advance();
+  }
+
+  __device__ __forceinline__ void load_due_v() {
+    if (due_tile < 0) return;
+    s.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
+    load_keys<V_ROWS>(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile, due_page);
+    v_ring.advance();
+  }
+
+  // PAGED: where this lane's keys of key tile n stand, if it has any. Asked for early: it takes as long as the copy.
+  __device__ __forceinline__ int page_of(const KeyRows& rows, int n) const {
+    const int key = n * K_TILE + lane * PAGE_ROWS;
+    if (!PAGED || lane >= K_TILE / PAGE_ROWS || key < 0 || key >= rows.len) return -1;
+    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE];
+  }
+
+  // Key tile n: in one copy, or page by page, panels of TOGETHER rows side by side. Pages past the row's length are not
+  // touched. One lane for all: the copies of lanes that differ would be issued in a loop that asks for the next lane.
+  template <int TOGETHER>
+  __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
+                                            int n, int page) {
+    if constexpr (!PAGED) {
+      if (lane == 0) {
+        full.arrive_expecting(KV_BYTES);
+        tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
+      }
+    } else {
+      const int first = n * K_TILE;
+      const int pages = min(K_TILE / PAGE_ROWS, ceil_div(rows.len - first, PAGE_ROWS));
+      if (lane == 0) full.arrive_expecting(pages * PAGE_ROWS * HEAD_DIM * 2);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < K_TILE / PAGE_ROWS; ++i) {
+        const int at = __shfl_sync(~0u, page, i);
+        if (i < pages && elect_lane()) {
+          const int row = (first + i * PAGE_ROWS) % PAGE;
+          if constexpr (TOGETHER == PAGE_ROWS) {
+            tma_load(tile + i * PAGE_ROWS * HEAD_DIM, map, full, 0, row, 0, rows.kv_head, at);
+          } else {
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel)
+              tma_load(tile + (panel * K_TILE + i * PAGE_ROWS) * PANEL, map, full, 0, row, panel, rows.kv_head, at);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ int draw() { return lane == 0 ? atomicAdd(p.next_tile, 1) : 0; }
+
+  __device__ __forceinline__ void run() {
+    if (KEYLESS) grid_dependency_wait();  // lengths may be the device's, and outputs written without loads
+    int drawn = -1;
+    if constexpr (FOLDED) {
+      load(work_at(p.order.at(blockIdx.x)));
+    } else if constexpr (PACKED_Q) {
+      PackedTileOrder<Q_TILE> order = {p.cu_seqlens_q, p.order.heads / p.q_heads, p.q_heads};
+      for (auto tile = order.at(blockIdx.x); tile.head >= 0; tile = order.at(gridDim.x + drawn))
+        drawn = load(work_at(tile));
+      leave_counter(drawn, order.before * p.q_heads);
+    } else {
+      for (int index = blockIdx.x; index < p.order.count(); index = gridDim.x + drawn) {
+        drawn = load(work_at(p.order.at(index)));
+        leave_counter(drawn, p.order.count());
+      }
+    }
+    load_due_v();
+    Work none;
+    none.head = -1;
+    publish(none);
+  }
+
+  // Each tile draws once: who drew last leaves the counter as it was.
+  __device__ __forceinline__ void leave_counter(int drawn, int tiles) {
+    if (lane == 0 && drawn == tiles - 1) atomicExch(p.next_tile, 0);
+  }
+
+  // A work and what it needs, but for its last values; returns what was drawn meanwhile.
+  __device__ __forceinline__ int load(const Work& work) {
+    if (!KEYLESS || work.sees_keys()) publish(work);
+    else store_nothing(work);
+    if (!KEYLESS) grid_dependency_wait();  // consumers write what depends on loads alone, so they need not
+    const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
+    const int begin = work.all_keys().begin, last = work.all_keys().end - 1;
+    // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
+    // a tile of the head that is in L2 now.
+    const int draw_at = min(begin + 2, last);
+    int drawn = 0, page = page_of(rows, last);
+    if (KEYLESS && !work.sees_keys()) drawn = draw();
+    for (int n = last; n >= begin; --n) {
+      if (n == last) load_q(work, 0);
+      load_k(rows, n, page);
+      if (n == last) {
+#pragma unroll
+        for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
+        q_ring.advance();
+        if (!begun) s.q_full[0][CONSUMERS - 1].wait(0), begun = true;
+      }
+      if (!FOLDED && n == draw_at) drawn = draw();
+      load_due_v();
+      due_tile = n, due_page = page, due_rows = rows;
+      page = page_of(rows, n - 1);
+    }
+    return __shfl_sync(~0u, drawn, 0);
+  }
+};

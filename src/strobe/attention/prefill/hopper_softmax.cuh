@@ -1,0 +1,89 @@
+// Scores to weights: online softmax that looks for a row's maximum only where its weights have grown too large.
+//
+// Defines: SINKS, scalar_t.
+#pragma once
+
+#include "types.cuh"
+
+// Online softmax of a consumer's rows; a thread holds columns of row `lane / 4` of its warp's 16 and of the eighth
+// after it. Weights are 2^(score * scale_log2 - shift). out / sum does not depend on the shift, which only has to
+// keep the weights within 16 bits; it is -inf while a row has seen no key.
+struct Softmax {
+  float scale_log2;
+  float shift[2], sum[2], factor[2];
+
+  __device__ __forceinline__ explicit Softmax(float scale_log2) : scale_log2(scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) shift[half] = NEG_INF, sum[half] = 0.f;
+  }
+
+  // Weights of the scores, packed; true where the shift was raised, so that out must be scaled by `factor`.
+  template <bool FIRST, int N>
+  __device__ __forceinline__ bool weigh(const float (&scores)[N], u32 (&weights)[N / 2]) {
+    constexpr float ENOUGH = 4096.f;  // of a thread's weights: each is then far within f16, which ends at 65504
+    float added[2];
+    bool raised = true;
+    if (!FIRST) {
+      exponentials(scores, weights, shift, added);  // infinite or NaN where the row has seen no key
+      raised = __any_sync(~0u, !(added[0] + added[1] < ENOUGH));
+    }
+    if (raised) {
+      raise(scores);
+      const float finite[2] = {shift[0] == NEG_INF ? 0.f : shift[0], shift[1] == NEG_INF ? 0.f : shift[1]};
+      exponentials(scores, weights, finite, added);
+    }
+    sum[0] += added[0], sum[1] += added[1];
+    return raised;
+  }
+
+  template <int N>
+  __device__ __forceinline__ void exponentials(const float (&scores)[N], u32 (&weights)[N / 2], const float (&from)[2],
+                                               float (&added)[2]) {
+    added[0] = added[1] = 0.f;
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      const int half = j / 2 % 2;
+      const float low = fast_exp2(fmaf(scores[j], scale_log2, -from[half]));
+      const float high = fast_exp2(fmaf(scores[j + 1], scale_log2, -from[half]));
+      added[half] += low + high;
+      weights[j / 2] = pack<scalar_t>(low, high);
+    }
+  }
+
+  // Raise the shifts to the rows' maxima.
+  template <int N>
+  __device__ __forceinline__ void raise(const float (&scores)[N]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = fmaxf(scores[2 * half], scores[2 * half + 1]);
+#pragma unroll
+      for (int j = 4; j < N; j += 4) top = fmaxf(top, fmaxf(scores[j + 2 * half], scores[j + 2 * half + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float higher = fmaxf(top * scale_log2, shift[half]);
+      factor[half] = higher == NEG_INF ? 1.f : fast_exp2(shift[half] - higher);
+      shift[half] = higher;
+      sum[half] *= factor[half];
+    }
+  }
+
+  // What out is to be multiplied by, and lse. `sink_log2` is one more exponent in the sum (-inf: none).
+  __device__ __forceinline__ void finish(int half, float sink_log2, float& inverse, float& lse) {
+    float total = sum[half];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    float scale = 1.f, top = shift[half];
+    if (SINKS) {
+      top = fmaxf(shift[half], sink_log2);
+      scale = top == NEG_INF ? 0.f : fast_exp2(shift[half] - top);
+      total = total * scale + (top == NEG_INF ? 0.f : fast_exp2(sink_log2 - top));
+    }
+    inverse = total == 0.f ? 0.f : scale / total;
+    lse = top * LN2 + __logf(total);
+  }
+};
+
+// To float32 accuracy: the special-function unit's own tanh has 11 bits.
+__device__ __forceinline__ float tanh_by_exp2(float x) {
+  return 1.f - __fdividef(2.f, fast_exp2(x * (2.f * LOG2E)) + 1.f);
+}

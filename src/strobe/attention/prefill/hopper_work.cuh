@@ -1,0 +1,106 @@
+// What the warps of a block share: the kernel's parameter, the tile of queries that they work on, and the barriers
+// through which the producer and the consumers hand each other q, keys, values and works.
+//
+// Defines: as cuda_hopper.cu.
+#pragma once
+
+#include "barrier.cuh"
+#include "mask.cuh"
+#include "matrix_descriptor.cuh"
+#include "ring.cuh"
+#include "tile_order.cuh"
+
+constexpr int ROWS = 64;  // queries of a consumer
+constexpr int Q_TILE = CONSUMERS * ROWS;
+constexpr int THREADS = (CONSUMERS + 1) * 128;
+constexpr int STAGES = 2;  // of keys and of values
+constexpr int WORKS = 3;   // at a time: the consumers' current and coming one, and the producer's
+constexpr int PANEL = HEAD_DIM % 64 ? 32 : 64;  // columns side by side in shared memory: what a swizzle spans
+constexpr int PANELS = HEAD_DIM / PANEL;
+constexpr Swizzle SWIZZLE = PANEL == 64 ? Swizzle::B128 : Swizzle::B64;
+constexpr u32 Q_BYTES = ROWS * HEAD_DIM * 2, Q_PANEL_BYTES = ROWS * PANEL * 2;
+constexpr u32 KV_BYTES = K_TILE * HEAD_DIM * 2, KV_PANEL_BYTES = K_TILE * PANEL * 2;
+constexpr bool PAGED = PAGE_SIZE > 0;
+constexpr int PAGE = PAGED ? PAGE_SIZE : K_TILE;
+constexpr int PAGE_ROWS = PAGE < K_TILE ? PAGE : K_TILE;  // keys of one copy
+constexpr int V_ROWS = PAGE_ROWS % 16 ? K_TILE : PAGE_ROWS;  // keys whose values, all panels, stand together
+constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : FOLDED ? 24 : 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : FOLDED ? 240 : 232;
+constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
+
+static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q),
+              "results wait where q was; a row's end is the tensor's");
+static_assert(!FOLDED || (CONSUMERS == 2 && HAS_RIGHT && !HAS_LEFT && !KEYLESS && !PACKED_Q),
+              "both consumers' keys begin at 0, and the second one's end last");
+static_assert(KEYLESS || (!PACKED_Q && !FOREIGN_ROWS), "lengths that only the device knows may be 0");
+
+struct Work;
+
+struct Params {
+  scalar_t* out;
+  float* lse;
+  const float* sinks;
+  const int *cu_seqlens_q, *cu_seqlens_kv, *seq_lens, *page_table;
+  int* next_tile;  // 0 before and after each launch
+  i64 out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride;
+  TileOrder order;
+  int q_heads, group, q_len, kv_len, pages_per_row;
+  int left, right;
+  int zero;
+  float scale_log2;     // from scores, or their tanh where there is a softcap, to exponents of 2
+  float softcap_scale;  // scale / softcap
+
+  __device__ __forceinline__ scalar_t* out_row(const Work& work, int token) const;
+  __device__ __forceinline__ void store_lse(const Work& work, int token, float value) const;
+};
+
+// A tile of queries of one head and the keys that it sees. head -1: there are no more.
+struct Work {
+  static constexpr int PARTS = FOLDED ? CONSUMERS : 1;
+
+  int batch, head;
+  int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
+  int q_first[PARTS];
+  KeyTiles keys[PARTS];
+
+  __device__ __forceinline__ int q_first_of(int consumer) const {
+    return FOLDED ? q_first[consumer] : q_first[0] + consumer * ROWS;
+  }
+  __device__ __forceinline__ const KeyTiles& keys_of(int consumer) const { return keys[FOLDED ? consumer : 0]; }
+  __device__ __forceinline__ const KeyTiles& all_keys() const { return keys[PARTS - 1]; }
+  __device__ __forceinline__ bool sees_keys() const { return all_keys().begin < all_keys().end; }
+  __device__ __forceinline__ WindowMask<HAS_LEFT, HAS_RIGHT> mask(const Params& p) const {
+    return {kv_len, kv_len - q_len, p.left, p.right};
+  }
+};
+
+__device__ __forceinline__ scalar_t* Params::out_row(const Work& work, int token) const {
+  const i64 batch = PACKED_Q ? 0 : work.batch * out_batch_stride;
+  return out + batch + (work.q_start + token) * out_row_stride + work.head * out_head_stride;
+}
+__device__ __forceinline__ void Params::store_lse(const Work& work, int token, float value) const {
+  const i64 batch = PACKED_Q ? 0 : work.batch * lse_batch_stride;
+  if (lse && token < work.q_len) lse[batch + work.head * lse_head_stride + work.q_start + token] = value;
+}
+
+struct Shared {
+  scalar_t q[Q_STAGES][CONSUMERS][ROWS * HEAD_DIM];
+  scalar_t k[STAGES][K_TILE * HEAD_DIM];
+  scalar_t v[STAGES][K_TILE * HEAD_DIM];
+  Barrier q_full[Q_STAGES][CONSUMERS], q_empty[Q_STAGES][CONSUMERS];
+  Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  Barrier work_full[WORKS], work_empty[WORKS];
+  Work work[WORKS];
+
+  __device__ __forceinline__ void init() {
+    for (int i = 0; i < Q_STAGES; ++i)
+      for (int c = 0; c < CONSUMERS; ++c) q_full[i][c].init(1), q_empty[i][c].init(BULK_STORE ? 1 : 4);
+    for (int i = 0; i < STAGES; ++i) {
+      k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
+      v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
+    }
+    for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
+    fence_barrier_init();
+  }
+};
