@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2}
 """Files that take longer than the others, and among how many processes each is dealt."""
-OPS = ("test_cache_ops.py", "test_linear_rungs.py", "test_sampling.py")
+OPS = ("test_cache_ops.py", "test_linear_rungs.py", "test_projected_append.py", "test_sampling.py")
 """Tests of what is no rung of attention; the sanitizer watches them whole."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
