@@ -29,8 +29,8 @@ KINDS: list[tuple[Heads, int, int, dict[str, Any]]] = [
     (Heads(7, 1, 128), 16, 256, {"biased": True, "normed": True}),
     (Heads(4, 2, 96), 5, 3, {"rope": Rope(1e4, "linear", 4.0)}),
     (Heads(2, 2, 80), 13, 16, {"normed": True, "dtype": torch.float16}),
-    (Heads(3, 1, 256), 8, 16, {"kv_dtype": FP8, "scaled": True}),
-    (Heads(8, 2, 6), 3, 5, {"kv_dtype": FP8, "normed": True, "biased": True}),
+    (Heads(3, 1, 256), 8, 16, {"kv_dtype": FP8, "normed": True}),
+    (Heads(8, 2, 6), 3, 5, {"kv_dtype": FP8, "scaled": True, "biased": True}),
 ]
 """Heads, tokens, page size, and what `draw` takes."""
 
