@@ -83,6 +83,8 @@ def test_ladder_times_what_runs_and_tells_what_the_others_need(cli: Cli) -> None
         (("attention", "--tile", "z=64"), "no kernel has tile sizes z"),
         (("attention", "--vs", "sdpa-flash"), "fa2 cannot run here: needs a GPU"),
         (("attention", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("attention", "--dtype", "float64"), "known: float32, bfloat16, float16"),
+        (("attention", "--batch", "0"), "nothing to measure (dense batch 0"),
         (("attention", "--host"), "no NVIDIA GPU"),
         (("memory", "--seq", "1k"), "no NVIDIA GPU"),
         (("roofline", "--plot", "x.gif"), "unknown figure format"),
@@ -92,3 +94,10 @@ def test_ladder_times_what_runs_and_tells_what_the_others_need(cli: Cli) -> None
 def test_mistake_is_one_line(cli: Cli, args: tuple[str, ...], told: str) -> None:
     device = () if args[0] == "memory" else ("--device", "cpu")
     assert told in cli("bench", *args, *device).error
+
+
+@pytest.mark.parametrize(
+    "args", [("--batch", "0"), ("--seq", "0"), ("--decode", "--batch", "-1")], ids=" ".join
+)
+def test_a_ladder_of_nothing_is_one_line(cli: Cli, args: tuple[str, ...]) -> None:
+    assert "supported: rows and lengths from 1" in cli("ladder", *args, "--device", "cpu").error

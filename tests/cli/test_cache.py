@@ -68,6 +68,10 @@ def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
     assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
 
 
+def test_warm_needs_an_arch_that_has_bfloat16(cli: Cli, source: jit.Source) -> None:
+    assert "unknown arch 'sm_75'; known: sm_80" in cli("cache", "warm", "--arch", "sm_75").error
+
+
 def test_warm_without_a_gpu_asks_for_an_arch(
     cli: Cli, source: jit.Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

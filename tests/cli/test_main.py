@@ -90,7 +90,13 @@ def test_device_out_of_memory_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
 
     monkeypatch.setattr("strobe.device.machine", exhaust)
-    assert "out of device memory" in cli("env").error
+    assert "out of memory" in cli("env").error
+
+
+def test_a_full_disk_is_one_line(process: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    with open("/dev/full", "w") as full:
+        done = process("explain", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
 def test_a_warning_is_one_line(

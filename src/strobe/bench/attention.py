@@ -11,13 +11,14 @@ import torch
 from strobe.attention import ladder
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
-from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
+from strobe.attention.problem import AttentionProblem, Paged
 from strobe.bench.decode import FLOAT8, Float8Case
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
 from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
-from strobe.errors import KernelRefusedError, UnknownNameError
+from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _CACHES_BYTES = 192 << 20
 """Replays rotate among input sets that together outgrow any L2 cache."""
 _LARGE_BYTES = 2 << 30
@@ -107,9 +108,12 @@ def measure_all(
 
     Raises:
         KernelRefusedError: with `strict`, the first refusal.
+        ProblemError: a case without rows, or without anything to read.
     """
     for case in cases:
         inputs = case.inputs(torch_dtype(dtype), device)
+        if not case.rows or not inputs.problem.bytes():
+            raise ProblemError(f"nothing to measure ({inputs.problem}); supported: rows and lengths from 1")
         rows, clocks = [], []
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
@@ -184,9 +188,9 @@ def _peak_bytes(call: Callable[[], torch.Tensor], inputs: Inputs) -> tuple[torch
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of this name. Raises UnknownNameError where attention has none such."""
-    if name not in DTYPE_BYTES:
-        raise UnknownNameError.among("dtype", name, DTYPE_BYTES)
+    """The torch dtype of this name. Raises UnknownNameError for one that is not measured."""
+    if name not in _DTYPES:
+        raise UnknownNameError.among("dtype", name, _DTYPES)
     return getattr(torch, name)
 
 

@@ -51,7 +51,8 @@ class Batch:
     def __post_init__(self) -> None:
         if min(self.batch, self.prompt) < 1 or self.output < 2 or self.batch > MOST_REQUESTS:
             given = f"batch {self.batch}, prompt {self.prompt}, output {self.output}"
-            raise StrobeError(f"{given}; supported: 1 to {MOST_REQUESTS}, 1 and up, 2 and up")
+            known = f"batch from 1 to {MOST_REQUESTS}, prompt from 1, output from 2"
+            raise StrobeError(f"{given}; supported: {known}")
 
     @property
     def longest(self) -> int:

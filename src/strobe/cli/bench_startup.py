@@ -79,9 +79,10 @@ def startup(
 
 def _arch(given: str | None) -> str:
     from strobe.cuda import jit
+    from strobe.cuda.sources import archs
 
     arch = given or jit.arch_of()
-    if arch.rstrip("af") not in (known := jit.supported_archs()):
+    if arch.rstrip("af") not in (known := archs()):
         raise UnknownNameError.among("arch", arch, known)
     return arch
 

@@ -54,7 +54,7 @@ def warm(
     if arch is None and not devices.has_gpu():
         raise DeviceError("no GPU here to compile for", hint="name an arch, as --arch sm_90a")
     target = arch or jit.arch_of()
-    if target.rstrip("af") not in (known := jit.supported_archs()):
+    if target.rstrip("af") not in (known := kernel_sources.archs()):
         raise UnknownNameError.among("arch", target, known)
     sources = kernel_sources.every(target)
     bar, task = console.progress(len(sources), f"compiling for {target}")

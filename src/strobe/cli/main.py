@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -76,20 +77,28 @@ def run(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
-        # Python flushes stdout once more as it exits; give it something that takes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = 1
     except OSError as error:
-        code = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        code = _fail(
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        )
+        if error.errno == errno.ENOSPC:
+            _drop_stdout()
     except MemoryError:
         code = _fail("out of memory")
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
         code = _fail(
-            "out of device memory (hint: --kv-cache-gib N bounds the cache, --dtype bfloat16 the weights)"
+            "out of memory (hint: a smaller shape; for the engine --kv-cache-gib N, --dtype bfloat16)"
         )
     sys.exit(code or 0)
+
+
+def _drop_stdout() -> None:
+    """Python flushes stdout once more as it exits: give it something that takes the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

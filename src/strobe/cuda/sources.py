@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import strobe
-from strobe.cuda.jit import Source
+from strobe.cuda.jit import Source, arch_number, supported_archs
 
 PACKAGE = Path(strobe.__file__).parent
 
@@ -20,6 +20,11 @@ def every(arch: str) -> list[Source]:
         if importlib.util.find_spec(name) and hasattr(module := importlib.import_module(name), "sources"):
             found += module.sources(arch)
     return found
+
+
+def archs() -> list[str]:
+    """What every source compiles for: bfloat16 asks for compute capability 8.0."""
+    return [arch for arch in supported_archs() if arch_number(arch) >= 80]
 
 
 def name_of(source: Source) -> str:
