@@ -17,6 +17,7 @@
 //
 // Defines: scalar_t, SWIGLU, NORM, TOKENS (at most, a power of two), TILES (of a block), DEPTH (stages of a ring);
 // HEAD_DIM (of the heads that are appended; 0: none are), kv_t (the cache's element: scalar_t, or u8 for e4m3).
+#include "appended_heads.cuh"
 #include "async_copy.cuh"
 #include "grid_dependency.cuh"
 #include "mma.cuh"
@@ -25,8 +26,7 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int STEPS = 2, GROUP = 32 * STEPS;  // columns of a stage: 128 bytes of each row
 constexpr int STRIDE = WARPS * GROUP;         // from a warp's stage to its next
 constexpr int ROWS = 8;                       // of a tile
-constexpr bool APPEND = HEAD_DIM > 0, PAIRS = SWIGLU || APPEND;
-constexpr int HALF = APPEND ? HEAD_DIM / 2 : 1;  // of a head: what is between the two features that rope turns together
+constexpr bool PAIRS = SWIGLU || APPEND;
 constexpr int UNITS = PAIRS ? 4 : 8;  // a tile's: a unit is one row, or two: a gate's and its up's, or what rope turns
 constexpr int BLOCK_UNITS = TILES * UNITS;
 constexpr int EIGHTS = ceil_div(TOKENS, 8);  // of tokens
@@ -35,15 +35,6 @@ constexpr int PITCH = TILES * ROWS + 4;      // floats
 // A stage of a warp's ring, in 16 bytes.
 constexpr int WEIGHTS = TILES * STEPS * 32, XS = STEPS * TOKENS * 4, GAINS = NORM ? STEPS * 4 : 0;
 constexpr int STAGE = WEIGHTS + XS + GAINS;
-
-// Where heads go: the queries', then the keys', then the values'.
-struct Heads {
-  const scalar_t *cos, *sin;       // [tokens, HEAD_DIM], sin negated in its first half
-  const i64* slots;                // [tokens]
-  kv_t *k_pages, *v_pages;         // [slots, kv_heads, HEAD_DIM]
-  const float *k_scale, *v_scale;  // [kv_heads], or null: what a cache of e4m3 holds is divided by them
-  int q_heads, kv_heads;
-};
 
 struct Params {
   const scalar_t *x, *weight, *bias, *norm;  // [tokens, inputs], [outputs, inputs], [outputs] or null, [inputs]
@@ -179,55 +170,11 @@ struct Sums {
   }
 };
 
-// Two features of a head, HALF apart, on their way.
-struct Feature {
-  scalar_t cos, sin;
-  i64 slot;
-
-  // Ask early for what is needed late.
-  __device__ __forceinline__ void load(const Heads& to, int token, int unit) {
-    const int head = unit / HALF, d = unit % HALF;
-    if (head < to.q_heads + to.kv_heads) {
-      cos = to.cos[i64(token) * HEAD_DIM + HALF + d];  // the same in both halves but for sin's sign
-      sin = to.sin[i64(token) * HEAD_DIM + HALF + d];
-    }
-    if (head >= to.q_heads) slot = to.slots[token];
-  }
-
-  __device__ __forceinline__ void store(const Heads& to, scalar_t* queries, int token, int unit, float x, float y) const {
-    const int head = unit / HALF, d = unit % HALF, kv_head = head - to.q_heads;
-    const bool is_value = kv_head >= to.kv_heads;
-    if (!is_value) {
-      const float c = to_float(cos), s = to_float(sin), turned = x * c - y * s;
-      y = y * c + x * s;
-      x = turned;
-    }
-    if (kv_head < 0) {
-      write(queries + (i64(token) * to.q_heads + head) * HEAD_DIM + d, x, y, nullptr);
-      return;
-    }
-    const int of = is_value ? kv_head - to.kv_heads : kv_head;
-    const float* const scales = is_value ? to.v_scale : to.k_scale;
-    write((is_value ? to.v_pages : to.k_pages) + (slot * to.kv_heads + of) * HEAD_DIM + d, x, y,
-          scales ? scales + of : nullptr);
-  }
-
- private:
-  __device__ __forceinline__ static void write(scalar_t* at, float x, float y, const float*) {
-    at[0] = from_float<scalar_t>(x), at[HALF] = from_float<scalar_t>(y);
-  }
-  __device__ __forceinline__ static void write(u8* at, float x, float y, const float* scale) {
-    const float factor = scale ? 1.f / *scale : 1.f;
-    const u16 pair = e4m3_pair(x * factor, y * factor);
-    at[0] = u8(pair), at[HALF] = u8(pair >> 8);
-  }
-};
-
 // What stands behind the products. A thread finishes every THREADSth of the block's results.
 struct Behind {
   static constexpr int ITEMS = ceil_div(BLOCK_UNITS * TOKENS, THREADS);
   scalar_t residual[ITEMS], bias[ITEMS][2];
-  Feature features[ITEMS];
+  FeaturePair features[ITEMS];
 
   __device__ __forceinline__ static int token(int i) { return (threadIdx.x + i * THREADS) / BLOCK_UNITS; }
   __device__ __forceinline__ static int unit(int i) { return (threadIdx.x + i * THREADS) % BLOCK_UNITS; }
@@ -287,7 +234,7 @@ struct Behind {
 
 // Dynamic shared memory: the warps' rings [WARPS][DEPTH][STAGE] of 16 bytes, then in their place the sums [WARPS][tokens]
 // [PITCH] of floats, whichever takes more.
-constexpr int BLOCKS = APPEND && TOKENS > 8 ? 1 : 2;  // of an SM: with so many tokens, a ring takes more than half of it
+constexpr int BLOCKS = APPEND && TOKENS > 8 ? 1 : 2;  // of an SM: with so many tokens, rings take more than half of it
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) project(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) uint4 dynamic[];
   __shared__ float squares[WARPS][TOKENS];

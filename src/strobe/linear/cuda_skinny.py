@@ -147,7 +147,7 @@ def _room(problem: LinearProblem, shared_bytes: int) -> int:
 
 
 class _Heads(ctypes.Structure):
-    """`Heads` of cuda_skinny.cu."""
+    """`Heads` of appended_heads.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "slots", "k_pages", "v_pages")),
