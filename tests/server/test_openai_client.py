@@ -94,6 +94,13 @@ def test_lists_of_prompts_and_n(client: OpenAI, loose: OpenAI, alone) -> None:
         assert streamed == [choice.text for choice in answer.choices]
 
 
+def test_echo_is_the_text_that_was_given(idle: LiveServer) -> None:
+    """Decoded from its ids it would lose what is written like a special token."""
+    for prompt in ("<|turn|>Speak", ["<|turn|>Speak"], ["<|turn|>Speak", "O"]):
+        answer = idle.post("/v1/completions", {"prompt": prompt, "max_tokens": 0, "echo": True}).json()
+        assert answer["choices"][0]["text"] == "<|turn|>Speak"
+
+
 def test_echo_scores_the_prompt(loose: OpenAI, alone) -> None:
     answer = loose.completions.create(
         model="strobe-tiny", prompt="But soft, what light", max_tokens=0, echo=True, logprobs=2

@@ -109,12 +109,12 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=None, responses={200: {"model": answers.Tokens}, **errors})
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of a conversation."""
-        return JsonReply(_tokens(service, body))
+        return JsonReply(_tokens(service, body), service.config.request_timeout_s)
 
     @app.post("/detokenize", response_model=None, responses={200: {"model": answers.Detokenized}, **errors})
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids, special tokens included."""
-        return JsonReply(_text(service, body))
+        return JsonReply(_text(service, body), service.config.request_timeout_s)
 
     @app.get("/health", responses={503: {"model": answers.Health}}, response_model=answers.Health)
     async def health() -> Response:

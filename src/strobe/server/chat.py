@@ -24,7 +24,7 @@ from strobe.server.answers import (
 )
 from strobe.server.bridge import Stream
 from strobe.server.errors import ApiError
-from strobe.server.replies import Event, EventReply, JsonReply
+from strobe.server.replies import Event, EventReply, JsonReply, off_loop_if_long
 from strobe.server.schema import ChatRequest, Message, ToolCall
 from strobe.server.service import Service, named_stop
 from strobe.server.tools import Mode, ToolReader, for_template, mode_of, schema_of
@@ -41,6 +41,8 @@ class ChatRun:
             "created": int(time.time()),
             "model": model,
         }
+        self._spelled: dict[int, dict[str, Any]] = {}
+        """Tokens as log-probabilities tell of them."""
         self.readers = [ToolReader(body, mode) for _ in range(body.n or 1)]
         self.metrics: Metrics | None = None
 
@@ -53,7 +55,7 @@ class ChatRun:
         try:
             async for chunk in self.stream:
                 self.metrics = chunk.metrics or self.metrics
-                choices[chunk.index] = self._choice(chunk)
+                choices[chunk.index] = await off_loop_if_long(self._choice, chunk, len(chunk.logprobs))
         finally:
             self.stream.close()
         wants_ids = self.body.return_token_ids
@@ -73,7 +75,7 @@ class ChatRun:
                 if chunk.index not in begun:
                     begun.add(chunk.index)
                     yield self._event(chunk.index, {"role": "assistant", "content": ""})
-                for delta in self._deltas(chunk):
+                for delta in await off_loop_if_long(self._deltas, chunk, len(chunk.logprobs)):
                     yield delta
         finally:
             self.stream.close()
@@ -132,8 +134,14 @@ class ChatRun:
         return TokenLogprob(**self._token(entry.token_id, entry.logprob), top_logprobs=top)
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self.service.tokenizer.token_bytes(token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+        spelled = self._spelled.get(token_id)
+        if spelled is None:
+            data = self.service.tokenizer.token_bytes(token_id)
+            spelled = self._spelled[token_id] = {
+                "token": data.decode("utf-8", "replace"),
+                "bytes": list(data),
+            }
+        return {**spelled, "logprob": logprob}
 
     def _usage(self) -> Usage:
         metrics = self.metrics
@@ -181,7 +189,8 @@ async def chat(service: Service, body: ChatRequest, api_key: str | None) -> Even
     streams = bool(body.stream)
     request = service.request(prompt, params, stream=streams, api_key=api_key)
     run.begin(service.bridge.submit([request]))
-    return EventReply(run.events()) if streams else JsonReply(run.whole())
+    seconds = service.config.request_timeout_s
+    return EventReply(run.events(), seconds) if streams else JsonReply(run.whole(), seconds)
 
 
 def message_of(message: Message) -> dict[str, Any]:

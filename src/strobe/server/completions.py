@@ -12,7 +12,7 @@ from strobe.engine.request import Metrics, StreamChunk, TokenLogprobs
 from strobe.server.answers import Completion, PromptDetails, TextChoice, TextLogprobs, Usage
 from strobe.server.bridge import Stream
 from strobe.server.errors import ApiError
-from strobe.server.replies import Event, EventReply, JsonReply
+from strobe.server.replies import Event, EventReply, JsonReply, off_loop_if_long
 from strobe.server.schema import CompletionRequest
 from strobe.server.service import Service, named_stop
 
@@ -63,7 +63,8 @@ class CompletionRun:
         done: dict[int, TextChoice] = {}
         try:
             async for chunk in self.stream:
-                done[self._index(chunk)] = TextChoice(**self._choice(chunk))
+                choice = await off_loop_if_long(self._text_choice, chunk, self._scored(chunk))
+                done[choice.index] = choice
         finally:
             self.stream.close()
         return Completion(**self.head, choices=[done[i] for i in sorted(done)], usage=self._usage())
@@ -73,7 +74,7 @@ class CompletionRun:
         shell = {**self.head, "object": "text_completion"}
         try:
             async for chunk in self.stream:
-                choice = self._choice(chunk)
+                choice = await off_loop_if_long(self._choice, chunk, self._scored(chunk))
                 if choice["text"] or choice["finish_reason"] or choice["token_ids"] or choice["logprobs"]:
                     yield {**shell, "choices": [choice]}
         finally:
@@ -83,6 +84,14 @@ class CompletionRun:
 
     def _index(self, chunk: StreamChunk) -> int:
         return self.stream.index_of[chunk.request_id] * (self.body.n or 1) + chunk.index
+
+    def _scored(self, chunk: StreamChunk) -> int:
+        """Tokens whose log-probabilities the chunk's answer holds, an echoed prompt's too."""
+        state = self.choices[self._index(chunk)]
+        return len(chunk.logprobs) + (0 if state.begun else len(state.prompt_logprobs))
+
+    def _text_choice(self, chunk: StreamChunk) -> TextChoice:
+        return TextChoice(**self._choice(chunk))
 
     def _choice(self, chunk: StreamChunk) -> dict[str, Any]:
         """The fields of a `TextChoice`, as JSON has them."""
@@ -96,14 +105,14 @@ class CompletionRun:
         first, state.begun = not state.begun, True
         echoed = first and self.body.echo
         wants_ids = self.body.return_token_ids
-        told = None
+        scores = None
         if self.body.logprobs is not None:
             entries = [*(state.prompt_logprobs if echoed else ()), *logprobs]
-            told = self._logprobs(state, entries, echoed).model_dump()
+            scores = self._logprobs(state, entries, echoed).model_dump()
         return {
             "index": index,
             "text": state.prompt + text if echoed else text,
-            "logprobs": told,
+            "logprobs": scores,
             "finish_reason": chunk.finish_reason if chunk.finish_reason != "abort" else None,
             "stop_reason": named_stop(self.body, chunk),
             "token_ids": list(token_ids) if wants_ids else None,
@@ -176,7 +185,8 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
     streams = bool(body.stream)
     requests = [service.request(prompt, params, stream=streams, api_key=api_key) for prompt in prompts]
     run.begin(service.bridge.submit(requests))
-    return EventReply(run.events()) if streams else JsonReply(run.whole())
+    seconds = service.config.request_timeout_s
+    return EventReply(run.events(), seconds) if streams else JsonReply(run.whole(), seconds)
 
 
 def _check_plain(body: CompletionRequest) -> None:
@@ -208,9 +218,8 @@ async def _echoes(service: Service, body: CompletionRequest, prompts: Sequence[S
     """The prompts as text, where they are wanted back."""
     if not body.echo:
         return [""] * len(prompts)
-    if isinstance(body.prompt, str):
-        return [body.prompt]
+    given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     return [
-        given if isinstance(given, str) else await service.in_thread(service.tokenizer.decode, ids)
-        for given, ids in zip(body.prompt if len(prompts) > 1 else prompts, prompts, strict=True)
+        text if isinstance(text, str) else await service.in_thread(service.tokenizer.decode, ids)
+        for text, ids in zip(given, prompts, strict=False)  # one prompt of token ids has an entry for each
     ]

@@ -80,7 +80,7 @@ class Gate:
         if scope["path"] not in OPEN_ROUTES and self._keys:
             scope["api_key"] = self._key(headers.get("authorization", ""), page=scope["path"] == "/")
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.config.max_body_bytes:
+        if length.isdecimal() and int(length) > self.config.max_body_bytes:
             raise _too_large(self.config.max_body_bytes)
         if length == "0" and "transfer-encoding" not in headers:
             return

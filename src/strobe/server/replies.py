@@ -5,30 +5,43 @@ from __future__ import annotations
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 import anyio
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from strobe.engine.request import StreamChunk
 from strobe.server.errors import ApiError, internal
 
 _log = logging.getLogger(__name__)
 
 Event = Mapping[str, Any]
+Made = TypeVar("Made")
 
-
+READ_S = 60.0
+"""Time that a client gets to read an answer, over what the answer itself may take."""
+LONG = 256
+"""Tokens whose log-probabilities take milliseconds to tell, which the event loop does not have."""
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def dump(value: Any) -> bytes:
     """JSON in UTF-8. Half a surrogate pair, which a client may have sent, becomes "?"."""
     if isinstance(value, BaseModel):
+        with suppress(PydanticSerializationError):  # half a surrogate pair
+            return value.model_dump_json().encode()
         value = value.model_dump()
     return _JSON.encode(value).encode("utf-8", "replace")
+
+
+async def off_loop_if_long(make: Callable[[StreamChunk], Made], chunk: StreamChunk, scored: int) -> Made:
+    """`make(chunk)`, which tells the log-probabilities of so many tokens."""
+    return make(chunk) if scored < LONG else await anyio.to_thread.run_sync(make, chunk)
 
 
 class Json(JSONResponse):
@@ -41,13 +54,24 @@ def error_reply(error: ApiError, scope: Scope) -> Response:
 
 
 class _Reply(Response):
-    """Runs `_answer` while the client is there; its going away cancels it."""
+    """Runs `_answer` while the client is there; its going away cancels it.
 
-    def __init__(self) -> None:
+    So does an end of its patience: `seconds` for the answer, and `READ_S` to read it. A client that reads
+    nothing would keep what was written for it as long as it likes.
+    """
+
+    def __init__(self, seconds: float) -> None:
         super().__init__()
+        self.seconds = seconds
         self.started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with anyio.move_on_after(self.seconds + READ_S) as patience:
+            await self._while_there(scope, receive, send)
+        if patience.cancelled_caught:
+            _log.warning("request %s: its client does not read the answer", scope.get("request_id"))
+
+    async def _while_there(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
 
             async def leave() -> None:
@@ -82,13 +106,14 @@ class _Reply(Response):
 class JsonReply(_Reply):
     """One JSON document, once `work` has it."""
 
-    def __init__(self, work: Coroutine[Any, Any, BaseModel]) -> None:
-        super().__init__()
+    def __init__(self, work: Coroutine[Any, Any, BaseModel], seconds: float) -> None:
+        super().__init__(seconds)
         self.work = work
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = await self.work
         body = await anyio.to_thread.run_sync(dump, answer)
+        self.started = True
         await Response(body, media_type="application/json")(scope, receive, send)
 
 
@@ -99,8 +124,8 @@ class EventReply(_Reply):
     is answered with the status of its error.
     """
 
-    def __init__(self, events: AsyncGenerator[Event, None]) -> None:
-        super().__init__()
+    def __init__(self, events: AsyncGenerator[Event, None], seconds: float) -> None:
+        super().__init__(seconds)
         self.events = events
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
