@@ -39,7 +39,6 @@ def test_metrics(idle: LiveServer) -> None:
         assert re.search(rf"^{name}(_count|_total)?[ {{]", shown, re.MULTILINE), name
     samples = set(re.findall(r"^# TYPE (strobe:\w+) ", shown, re.MULTILINE))
     aside = {name for name in samples if name.endswith("_created")}
-    aside |= {"strobe:max_model_len", "strobe:event_loop_lag_max_seconds"}
     assert {name.removesuffix("_total") for name in samples - aside} == {
         n.removesuffix("_total") for n in told
     }
