@@ -81,6 +81,8 @@ def test_params_are_values():
     assert hash(params) == hash(SamplingParams(stop=["\n\n"], stop_token_ids=(3, 4)))
     with pytest.raises(AttributeError):
         params.temperature = 0.5
+    biased = [SamplingParams(logit_bias=bias) for bias in ({3: 1.5}, [(3, 1.5)], ([3, 1.5],))]
+    assert len(set(biased)) == 1
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         if not isinstance(self.logit_bias, (list, tuple)) or not all(map(_is_pair, self.logit_bias)):
             raise RequestError(f"logit_bias is {self.logit_bias!r:.60}; supported: token ids to numbers")
+        object.__setattr__(self, "logit_bias", tuple(map(tuple, self.logit_bias)))
         if len(self.logit_bias) > MAX_BIASES:
             raise RequestError(
                 f"logit_bias holds {len(self.logit_bias)} tokens; supported: up to {MAX_BIASES}"
