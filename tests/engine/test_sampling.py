@@ -166,8 +166,7 @@ def test_extreme_temperatures_stay_finite(temperature):
     logits = torch.tensor([[1e4, -1e4, 9.9e3, -torch.inf]])
     uniforms = torch.tensor([0.999])
     token = sampling.draw(logits, torch.tensor([temperature]), None, uniforms.double())
-    assert token.item() == (0 if temperature < 1 else token.item())
-    assert 0 <= token.item() < 3
+    assert token.item() == (0 if temperature < 1 else 2), "at 100 the third has a quarter, at its end"
 
 
 def test_penalties_match_a_loop():
