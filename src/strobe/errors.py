@@ -75,7 +75,7 @@ class OutOfPagesError(StrobeError):
 
 
 class SettingsError(StrobeError, ValueError):
-    """A STROBE_* environment variable is unknown or holds a bad value."""
+    """A STROBE_* variable, or a field of an engine's or a server's configuration, holds what it cannot."""
 
 
 class MissingExtraError(StrobeError, ImportError):

@@ -55,7 +55,10 @@ Linear = Annotated[
 KvCacheGib = Annotated[
     float | None,
     typer.Option(
-        "--kv-cache-gib", help="Memory of the KV cache in GiB.", show_default=False, rich_help_panel=_ENGINE
+        "--kv-cache-gib",
+        help="Memory of the KV cache in GiB.",
+        show_default="what fits; 0.5 on a CPU",
+        rich_help_panel=_ENGINE,
     ),
 ]
 GpuMemoryFraction = Annotated[

@@ -61,7 +61,12 @@ def serve(
     ] = 512,
     max_num_batched_tokens: Annotated[
         int | None,
-        _flag("--max-num-batched-tokens", help="Tokens of one step; 8192 on a large GPU.", panel=_LOAD),
+        _flag(
+            "--max-num-batched-tokens",
+            help="Tokens of one step; longer prompts go in chunks.",
+            show_default="2048; 8192 on a large GPU",
+            panel=_LOAD,
+        ),
     ] = None,
     max_queue: Annotated[
         int, _flag("--max-queue", help="Requests that may wait; more get status 429.", panel=_LOAD)

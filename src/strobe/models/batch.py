@@ -39,10 +39,6 @@ class KvTensors:
         """Each layer's k and v, `[pages, page_size, kv_heads, head_dim]`."""
         return tuple(zip(self.k, self.v, strict=True))
 
-    @property
-    def page_size(self) -> int:
-        return self.k.shape[2]
-
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cpu":

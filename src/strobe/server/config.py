@@ -31,7 +31,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     """One of these opens every route but /health; none leaves all open."""
     served_names: tuple[str, ...] = ()
-    """What clients call the model; the first is in answers. None takes the checkpoint's name."""
+    """What clients call the model; the first is in answers. Where there is none: the checkpoint's own."""
     max_queue: int = 256
     """Requests that wait for their first step; more are turned away."""
     max_queued_tokens: int = 1 << 18
