@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import strobe
-from strobe.attention import AttentionProblem, ladder
+from strobe.attention import AttentionProblem, Packed, ladder
+from strobe.attention.prefill import cuda_hopper
 from strobe.cuda import jit
 from strobe.linear import ladder as linear_ladder
 from strobe.linear.problem import LinearProblem
@@ -62,6 +64,17 @@ def test_compiles_without_spills(source: Path, arch: str, record_property: pytes
             if taken.spills:
                 spilling.append(line)
     assert source.as_posix() in TEACHING or not spilling, "\n".join(spilling)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "layout"),
+    [*((head_dim, {}) for head_dim in cuda_hopper.HEAD_DIMS), (256, {"layout": Packed((), ())})],
+)
+def test_no_feature_of_the_hopper_rung_spills(head_dim: int, layout: dict[str, Any]) -> None:
+    features = {"window": (64, 32), "softcap": 30.0, "sinks": (0.0,)}
+    problem = AttentionProblem(1, 64, 64, 1, 1, head_dim, device="cuda", arch=90, **features, **layout)
+    source = jit.Source(cuda_hopper._SOURCE, cuda_hopper.defines(problem, cuda_hopper.TILES[head_dim]))
+    assert jit.compile(*source, "sm_90a").resources()["attend"].spills == 0
 
 
 @sources

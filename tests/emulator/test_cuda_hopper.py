@@ -38,14 +38,15 @@ def answer(case: Case, tile: Tile | None, sm_count: int) -> torch.Tensor:
         Case("more_queries_than_keys", ((700, 100),), 2, 1, 64, causal=True),
         Case("no_keys", ((300, 0),), 2, 1, 64, sinks=True),
         Case("short_rows", ((1, 1), (300, 303), (0, 6), (65, 74), (500, 5)), 2, 1, 64, "packed", causal=True),
+        Case("window_256", ((150, 400),), 2, 1, 256, window=(130, 8), softcap=20.0, sinks=True),
         Case(
             "short_pages", ((300, 400), (1, 129), (0, 40), (3, 7)), 2, 1, 64, "paged_packed", 32, causal=True
         ),
     ],
     ids=str,
 )
-def test_tiles_without_keys_hold_nobody_up(case: Case) -> None:
-    """One block meets all of them: tiles past a short row's end, and queries above every key."""
+def test_one_block_has_all_tiles(case: Case) -> None:
+    """Also those without keys: past a short row's end, and of queries above every key."""
     answer(case, None, sm_count=1)
 
 

@@ -68,14 +68,18 @@ struct Consumer : Results {
   // All key tiles after the first, back to front: the masked ones of the diagonal, the full ones, those at the
   // window's left end. The bounds stay in shared memory: registers are short.
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
+    // Three loops would spill there: one masks them all.
+    constexpr bool MASK_ALL = HEAD_DIM == 256 && HAS_LEFT && HAS_RIGHT && !FOREIGN_ROWS;
     const KeyTiles& keys = work.keys_of(consumer);
     int n = keys.end - 2;
     if (HAS_RIGHT)
-      for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
-    const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
-    for (; n >= lowest; --n) step<false>(work, softmax, n);
-    if (HAS_LEFT)
-      for (; n >= keys.begin; --n) step<true>(work, softmax, n);
+      for (; n >= max(keys.begin, MASK_ALL ? 0 : keys.full_end); --n) step<true>(work, softmax, n);
+    if constexpr (!MASK_ALL) {
+      const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
+      for (; n >= lowest; --n) step<false>(work, softmax, n);
+      if (HAS_LEFT)
+        for (; n >= keys.begin; --n) step<true>(work, softmax, n);
+    }
     if (keys.begin == keys.end - 1) leave_q();
   }
 
