@@ -100,6 +100,61 @@ def test_the_same_with_barriers_is_right(tmp_path: Path) -> None:
     assert torch.equal(out, torch.arange(64.0).flip(0))
 
 
+WAIT, BEHIND = "grid_dependency_wait();\n", "grid_launch_dependents();\n"
+TOO_EARLY = {
+    "read": (I + "out[i] = in[i];\n" + WAIT, r"reads 4 bytes .*which a kernel ahead writes"),
+    "write again": (I + "middle[i] = 1;\n" + WAIT, r"writes 4 bytes .*which a kernel ahead writes"),
+    "write what it reads": (I + "first[i] = 1;\n" + WAIT, r"writes 4 bytes .*which a kernel ahead reads"),
+    "one thread's wait": (I + f"if (i == 5) {WAIT}out[i] = in[i];", r"thread \(0, 0, 0\).*reads"),
+    "an asynchronous copy": (
+        SHARED + "if (i < 16) copy_async_16(shared_address(x + 4 * i), in + 4 * i, true);\n"
+        "commit_copies();\n" + WAIT + "wait_copies<0>();\n__syncthreads();\nout[i] = x[i];",
+        r"attempt.cu:4: reads 16 bytes .*which a kernel ahead writes",
+    ),
+    "no wait": ("", "none of its threads waits"),
+}
+
+
+def chain(folder: Path, *bodies: str) -> torch.Tensor:
+    """out [64] of kernels one behind the other, all but the first launched programmatically. The first copies
+    `first`, 0 .. 63, to `middle`; the others run these bodies, with `middle` as `in`."""
+    source, made = folder / "chain.cu", ""
+    parameters = "float* first, const float* in, float* middle, float* out"
+    for i, body in enumerate(["middle[threadIdx.x] = first[threadIdx.x];", *bodies]):
+        made += f'extern "C" __global__ void run{i}({parameters}) {{\n#line 1 "attempt.cu"\n{body}\n}}\n'
+    headers = "".join(f'#include "{name}.cuh"\n' for name in ("async_copy", "grid_dependency", "types"))
+    source.write_text(headers + made)
+    first, middle, out = torch.arange(64.0), torch.zeros(64), torch.full((64,), float("nan"))
+    with emulated_gpu():
+        for i in range(len(bodies) + 1):
+            args = [first, middle, middle, out]
+            kernel.kernel(source, f"run{i}")(1, 64, args, shared_bytes=256, programmatic=i > 0)
+    return out
+
+
+@pytest.mark.parametrize("mistake", TOO_EARLY)
+def test_what_is_too_early_behind_another_kernel(mistake: str, tmp_path: Path) -> None:
+    body, message = TOO_EARLY[mistake]
+    with pytest.raises(EmulationError, match=message):
+        chain(tmp_path, body)
+
+
+def test_what_no_kernel_ahead_changes_may_be_read_early(tmp_path: Path) -> None:
+    early = I + "const float x = first[i];\n" + WAIT + BEHIND + "out[i] = in[i] == x ? x : -1;"
+    assert torch.equal(chain(tmp_path, early), torch.arange(64.0))
+
+
+@pytest.mark.parametrize("waits_first", [True, False])
+def test_a_kernel_that_opens_before_it_waits_leaves_two_ahead(waits_first: bool, tmp_path: Path) -> None:
+    between = WAIT + BEHIND if waits_first else BEHIND + WAIT
+    bodies = between, I + "out[i] = in[i];\n" + WAIT
+    if waits_first:
+        assert torch.equal(chain(tmp_path, *bodies), torch.arange(64.0))
+        return
+    with pytest.raises(EmulationError, match=r"attempt.cu:2: reads 4 bytes .*which a kernel ahead writes"):
+        chain(tmp_path, *bodies)
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_asynchronous_copies_arrive_when_waited_for(waits: bool, tmp_path: Path) -> None:
     body = (

@@ -38,13 +38,18 @@ def step(model: object, attention: str, linear: str, k: torch.Tensor, v: torch.T
     table = torch.arange(len(LENGTHS) * pages, dtype=torch.int32).view(len(LENGTHS), pages)
     positions = torch.tensor(LENGTHS) - 1
     slots = table.gather(1, positions[:, None] // PAGE).squeeze(1) * PAGE + positions % PAGE
-    layout = Paged(table, torch.tensor(LENGTHS, dtype=torch.int32), max_kv_len=max(LENGTHS))
+    lens = torch.tensor(LENGTHS, dtype=torch.int32)
+    layout = Paged(table, lens, max_kv_len=max(LENGTHS), settled=True)
     rows = torch.arange(len(LENGTHS))
     return model(Batch(rows + 11, positions, slots, layout, rows, KvTensors(k, v), attention, linear))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("kind", [{}, {"qkv_bias": True}, {"qk_norm": True}], ids=str)
-def test_a_decode_step(kind: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("attention", "kind"),
+    [("cuda_paged", {}), ("cuda_cluster", {"qkv_bias": True}), ("cuda_paged", {"qk_norm": True})],
+    ids=str,
+)
+def test_a_decode_step(attention: str, kind: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(len(kind))
     config = replace(CONFIG, **kind)
     exact = shapes.random_model(config, device="cpu", dtype=torch.float32)
@@ -65,8 +70,9 @@ def test_a_decode_step(kind: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -
     with on_gpu, emulated_gpu(sm_count=3):
         kernel = jit.kernel
         monkeypatch.setattr(jit, "kernel", lambda *args: launched.append(args[1]) or kernel(*args))
-        got = step(model, "cuda_paged", "cuda_skinny", *(x.clone() for x in cached))
+        first, got = (step(model, attention, "cuda_skinny", *(x.clone() for x in cached)) for _ in range(2))
         monkeypatch.undo()
+    assert torch.equal(first, got)  # launched in turn, and ahead of their turn
     assert "project" in launched
     assert ("append" in launched) is config.qk_norm  # else the projection to queries, keys and values does it
     assert (got.float() - want).abs().max() <= 0.05 * want.abs().max()

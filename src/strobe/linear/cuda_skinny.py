@@ -6,11 +6,10 @@ be rewritten in place once it has run. What wrote them in the first place is wai
 first launch is an ordinary one.
 
 Behind the projection to queries, keys and values it is `cache.append_rotated` too. The block that computes a
-feature computes the one that rope turns it with, since rows of the weight are dealt in such pairs. What it
-may write while others run: by the chain's rule (every kernel waits for the one ahead before it lets the one
-behind start) all but the kernel just ahead have ended when this one starts, and that one when its wait
-returns. So nobody reads this layer's cache any more; attention behind it reads older keys at once, which
-nobody writes, and these behind its own wait.
+feature computes the one that rope turns it with, since rows of the weight are dealt in such pairs. It may
+write to the cache while others run: when its wait returns the kernel ahead has ended, and so had all before
+that one, which waited themselves; nobody reads this layer's keys any more. Attention behind it may start
+before it ends, and then reads older keys, which nobody writes, and the new ones behind a wait of its own.
 
 RMSNorm's factor is applied behind the product: x times the norm's weight is what must be finite, which
 in float16 ends at 65504.

@@ -132,7 +132,7 @@ def append_rotated(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    floats8 = int("".join(digit for digit in arch if digit.isdigit())) >= 89
+    floats8 = jit.arch_number(arch) >= 89
     return [
         jit.Source(_SOURCE, _defines(scalar, kv, 128, rotates=rotates, norms=norms, settled=True))
         for scalar in _SCALAR.values()

@@ -329,13 +329,14 @@ void tma_load(void* shared, const void* map, uint64_t* barrier, const Coordinate
   const Box box(map, shared_address(shared), first);
   const uint32_t bytes = check_box(box.map, box.shared, first, where);
   // From here on nobody may be reading there.
-  walk_box(box.map, box.shared, box.first,
-           [=](const unsigned char*, unsigned char* to, uint32_t) { check_access(to, 16, Access::ENGINE_STORE, where); });
+  walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
+    check_access(to, 16, Access::ENGINE_STORE, where);
+    for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), Access::ENGINE_LOAD, where);
+  });
   barrier_released(barrier);
   defer_until_looked_at(barrier, [=] {
     walk_box(box.map, box.shared, box.first, [=](const unsigned char* from, unsigned char* to, uint32_t size) {
       memset(to, 0, 16);
-      for (uint32_t i = 0; i < size; i += 2) check_bounds(from + i, std::min(2u, size), Access::ENGINE_LOAD, where);
       if (from) memcpy(to, from, size);
     });
     bytes_came(barrier, bytes, where);

@@ -66,6 +66,7 @@ def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iter
             for name, stand_in in functions.items():
                 stack.enter_context(patch.object(module, name, stand_in, create=module is torch._C))
         stack.callback(kernel.buffers.let_go)
+        stack.callback(kernel.traces.forget)
         stack.enter_context(_EverythingOnGpu(torch.device("cuda", index)))
         yield
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cuda_emulator import build
@@ -55,7 +56,31 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + reach * tensor.element_size()
 
 
+class Traces:
+    """What the kernel launched last did to each byte of memory, in flags of state.h."""
+
+    def __init__(self) -> None:
+        self._last: list[tuple[int, np.ndarray]] = []
+
+    def forget(self) -> None:
+        self._last = []
+
+    def of(self, extents: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """For the next launch to write to: of these extents, with what that kernel did as the one ahead."""
+        found = [np.zeros(end - begin, np.uint8) for begin, end in extents]
+        for at, trace in self._last:
+            if not trace.any():
+                continue
+            for (begin, end), now in zip(extents, found, strict=True):
+                first, last = max(at, begin), min(at + len(trace), end)
+                if first < last:
+                    now[first - begin : last - begin] = trace[first - at : last - at] >> 2
+        self._last = [(begin, trace) for (begin, _), trace in zip(extents, found, strict=True)]
+        return found
+
+
 buffers = Buffers()
+traces = Traces()
 last_block_first = False
 
 
@@ -70,9 +95,11 @@ class _Launch(ctypes.Structure):
         ("arguments_count", ctypes.c_int32),
         ("buffers_count", ctypes.c_int32),
         ("last_block_first", ctypes.c_int32),
+        ("programmatic", ctypes.c_int32),
         ("arguments", ctypes.c_void_p),
         ("argument_sizes", ctypes.c_void_p),
         ("buffers", ctypes.c_void_p),
+        ("traces", ctypes.c_void_p),
     ]
 
 
@@ -92,6 +119,7 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.block = kernel, _dim3(grid), _dim3(block)
         self.cluster, self.shared_bytes = _dim3(cluster or 1), shared_bytes
+        self.programmatic = programmatic
         self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
         self._addresses = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
 
@@ -105,12 +133,14 @@ class Launch:
             EmulationError: an access out of bounds, a deadlock, a divergent barrier, ...
         """
         extents = buffers.extents()
+        traced = traces.of(extents)
+        addresses = (ctypes.c_void_p * len(traced))(*(trace.ctypes.data for trace in traced))
         sizes = (ctypes.c_size_t * len(self.args))(*map(ctypes.sizeof, self.args))
         edges = (ctypes.c_uint64 * (2 * len(extents)))(*(edge for extent in extents for edge in extent))
         launch = _Launch(
             *((ctypes.c_uint32 * 3)(*_dim3(dim)) for dim in (self.grid, self.block, self.cluster)),
-            *(self.shared_bytes, len(self.args), len(extents), last_block_first),
-            *map(ctypes.addressof, (self._addresses, sizes, edges)),
+            *(self.shared_bytes, len(self.args), len(extents), last_block_first, self.programmatic),
+            *map(ctypes.addressof, (self._addresses, sizes, edges, addresses)),
         )
         self.kernel.run(launch)
 

@@ -1,4 +1,5 @@
-// Every access that a kernel makes to memory: in bounds, aligned, and in shared memory no race.
+// Every access that a kernel makes to memory: in bounds, aligned, in shared memory no race, and none with the kernel ahead
+// under programmatic launch: which may run until it is waited for.
 #include <algorithm>
 #include <bit>
 #include <cstdarg>
@@ -28,10 +29,11 @@ bool is_shared(const void* address) {
 
 bool in_own_stack(const void* address) { return uintptr_t(address) - uintptr_t(self->stack) < STACK_BYTES; }
 
-bool in_tensor(uintptr_t at, size_t bytes) {
+// The tensor that these bytes are of, or null.
+const Buffer* tensor_of(uintptr_t at, size_t bytes) {
   const Buffer *first = launch->buffers, *last = first + launch->buffers_count;
   const Buffer* behind = std::upper_bound(first, last, at, [](uintptr_t x, const Buffer& b) { return x < b.begin; });
-  return behind != first && at + bytes <= behind[-1].end;
+  return behind != first && at + bytes <= behind[-1].end ? behind - 1 : nullptr;
 }
 
 bool may_touch(const void* address, size_t bytes) {
@@ -41,7 +43,7 @@ bool may_touch(const void* address, size_t bytes) {
     return offset < launch->shared_bytes && offset + bytes <= launch->shared_bytes;
   }
   const bool in_library = at >= uintptr_t(__ehdr_start) && at < uintptr_t(_end);  // constants, static shared memory
-  return in_tensor(at, bytes) || in_library || in_own_stack(address);
+  return tensor_of(at, bytes) || in_library || in_own_stack(address);
 }
 
 // What stands at, or is nearest to, an address that may not be touched.
@@ -78,9 +80,26 @@ std::string text_of(uint32_t place) {
   stop(text("%s at %s: %s %zu bytes at %s", who().c_str(), text_of(place).c_str(), does, bytes, about.c_str()));
 }
 
+// Keep what is done to a tensor for the kernel behind; before this thread has waited, nothing may meet the kernel ahead.
+void check_order(const void* address, size_t bytes, Access access, uint32_t place) {
+  const Buffer* const tensor = tensor_of(uintptr_t(address), bytes);
+  if (!tensor) return;
+  const bool stores = access == Access::STORE || access == Access::ENGINE_STORE;
+  const bool early = launch->programmatic && !self->waited;
+  unsigned char* const trace = launch->traces[tensor - launch->buffers] + (uintptr_t(address) - tensor->begin);
+  for (size_t i = 0; i < bytes; ++i) {
+    if (early && (trace[i] & WRITTEN_AHEAD || (stores && trace[i] & READ_AHEAD)))
+      complain(bytes, access, place,
+               text("%p, which a kernel ahead %s that may still run", address,
+                    trace[i] & WRITTEN_AHEAD ? "writes" : "reads"));
+    trace[i] |= stores ? WRITTEN : READ;
+  }
+}
+
 void check(const void* address, size_t bytes, size_t alignment, Access access, uint32_t place) {
   if (!may_touch(address, bytes)) complain(bytes, access, place, surroundings(address, bytes));
   if (uintptr_t(address) % alignment) complain(bytes, access, place, text("%p, which is not aligned", address));
+  check_order(address, bytes, access, place);
 }
 
 void check_race(size_t offset, size_t bytes, Access access, uint32_t place) {

@@ -78,6 +78,11 @@ void commit_stores();
 void wait_stores(int pending);
 void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Where where);
 
+// --- programmatic dependent launch -------------------------------------------------------------------
+
+void wait_for_kernel_ahead();
+void launch_kernel_behind();
+
 // --- clusters ----------------------------------------------------------------------------------------
 
 uint32_t cluster_rank();

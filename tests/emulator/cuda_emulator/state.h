@@ -40,6 +40,7 @@ struct Thread {
   Act act = nullptr;
   bool orders = false;
   unsigned cluster_phase = 0;  // that it arrived for
+  bool waited = false;         // for the kernel ahead
 
   const void* seen_at = nullptr;  // by its last look at memory
   unsigned char seen[16];
@@ -93,13 +94,17 @@ struct Buffer {
   uintptr_t begin, end;
 };
 
+// What was done to a byte of a tensor, by the kernel ahead and by this one.
+enum : unsigned char { READ_AHEAD = 1, WRITTEN_AHEAD = 2, READ = 4, WRITTEN = 8 };
+
 struct Launch {  // as kernel.py has it
   Dim grid, block, cluster;
   uint32_t shared_bytes;
-  int32_t arguments_count, buffers_count, last_block_first;
+  int32_t arguments_count, buffers_count, last_block_first, programmatic;
   void** arguments;
   const size_t* argument_sizes;
-  const Buffer* buffers;  // ascending
+  const Buffer* buffers;         // ascending
+  unsigned char* const* traces;  // of each buffer's bytes
 };
 
 extern const Kernel* kernel;

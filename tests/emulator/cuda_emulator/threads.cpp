@@ -402,11 +402,30 @@ void look_at(const void* address, size_t bytes, Where where) {
   memcpy(self->seen, address, bytes);
 }
 
+static bool anybody_waited, opened_early;
+
+void wait_for_kernel_ahead() { self->waited = anybody_waited = true; }
+
+// Once every block has ended or called this, the kernel behind may start: beside the kernel ahead too, if that was not
+// waited for.
+void launch_kernel_behind() { opened_early |= launch->programmatic && !self->waited; }
+
+// The kernel behind is to find what the one ahead does as if this one had done it.
+static void pass_on_traces() {
+  for (int i = 0; i < launch->buffers_count; ++i)
+    for (size_t at = 0; at < launch->buffers[i].end - launch->buffers[i].begin; ++at)
+      launch->traces[i][at] |= (launch->traces[i][at] & (READ_AHEAD | WRITTEN_AHEAD)) * (READ / READ_AHEAD);
+}
+
 extern "C" __attribute__((visibility("default"))) const char* emulate(const Kernel* which, const Launch* how) {
   kernel = which, launch = how;
   gridDim = how->grid, blockDim = how->block;
+  anybody_waited = opened_early = false;
   failure = refusal(*which, *how);
   if (failure.empty()) run_grid();
+  if (failure.empty() && how->programmatic && !anybody_waited)
+    failure = text("%s may end before the kernel ahead: none of its threads waits", which->name);
+  if (opened_early) pass_on_traces();
   self = nullptr;
   return failure.empty() ? nullptr : failure.c_str();
 }
