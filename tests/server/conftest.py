@@ -21,6 +21,7 @@ from strobe.engine.engine import Engine
 from strobe.server.app import create_app
 from strobe.server.config import ServerConfig
 from strobe.server.listen import bind, url_of
+from strobe.server.protocol import BoundedProtocol
 from strobe.server.service import Service
 
 
@@ -95,7 +96,12 @@ def running(llm: LLM, config: ServerConfig) -> Iterator[LiveServer]:
     with bind(config) as bound:
         app = create_app(llm, config)
         options = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, ws="none"
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            ws="none",
+            http=BoundedProtocol,
         )
         server = uvicorn.Server(options)
         thread = threading.Thread(target=server.run, args=([bound],), daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from strobe.engine.llm import LLM
 from strobe.engine.sampling_params import SamplingParams
 from strobe.server.app import create_app
 from strobe.server.config import ServerConfig
+from strobe.server.protocol import BoundedProtocol
 
 SWITCH_S = 0.001
 """How long the engine's thread may keep the interpreter from the event loop's."""
@@ -45,6 +47,7 @@ def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[
     then is no garbage: to look through it again stops engine and event loop for 0.2 s.
     """
     sys.setswitchinterval(SWITCH_S)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below are lines that any client can cause
     llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
     gc.collect()
     gc.freeze()
@@ -53,6 +56,7 @@ def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[
         log_config=None,
         access_log=False,
         server_header=False,
+        http=BoundedProtocol,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
