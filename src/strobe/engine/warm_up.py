@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from strobe.cuda import jit
@@ -14,22 +15,26 @@ from strobe.models.network import products
 if TYPE_CHECKING:
     from strobe.engine.engine import Engine
 
-_PROMPTS, _OUTPUT = (128, LARGEST + 1), 3
-"""Tokens: a prompt that is captured, and one that is not; steps that are captured, and replayed."""
+_PROMPTS, _OUTPUT = ((128, 1), (LARGEST + 1, 2)), 3
+"""Tokens and rows: a prompt that is captured, then one that is not, with decode steps of two rows, which
+take other kernels than those of one; tokens that are drawn: steps that are captured, and replayed."""
 
 
 def warm_up(engine: Engine) -> None:
     """Compile what decoding any number of sequences takes, several kernels at a time; then serve requests
     that are nobody's, and forget their prefixes. Kernels that refuse tell the first caller."""
     cache = engine.scheduler.cache
-    room = min(engine.max_model_len, cache.num_pages * cache.page_size) - _OUTPUT
+    capacity = cache.num_pages * cache.page_size
+    room = min(engine.max_model_len, capacity) - _OUTPUT
     params = SamplingParams(temperature=0, max_tokens=_OUTPUT, ignore_eos=True, seed=0)
     try:
         if not engine.config.deterministic:
             _compile(engine)
-        for prompt in _PROMPTS:
+        for prompt, rows in _PROMPTS:
+            fits = rows <= engine.config.max_num_seqs and 2 * rows * (prompt + _OUTPUT) <= capacity
             if room > 0:
-                engine.add(Request("warm-up", (0,) * min(prompt, room), params))
+                chosen = replace(params, n=rows) if fits else params
+                engine.add(Request("warm-up", (0,) * min(prompt, room), chosen))
             while engine.has_work:
                 engine.step()
             cache.clear()

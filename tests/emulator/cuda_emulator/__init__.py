@@ -16,6 +16,7 @@ shows. An `EmulationError` names thread and source line of
 
 - an access outside of the tensors and shared memory that the kernel was given, or off its alignment;
 - two accesses of shared memory that nothing orders, or an engine's with no proxy fence before it;
+- under programmatic launch, an access that meets one of a kernel ahead which was not waited for;
 - a barrier or warp-wide operation that diverges; a deadlock, with where each warp stands;
 - what a launch or an engine refuses: sizes of arguments, blocks, shared memory, tensor maps.
 
