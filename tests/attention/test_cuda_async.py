@@ -48,7 +48,8 @@ def test_no_feature_spills(arch: str, head_dim: int) -> None:
         ({"kv_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"scale": 0.0}, "scale 0.0"),
         ({"scale": -1.0}, "scale -1.0"),
-        ({"arch": 75}, "compute capability 8.0"),
+        ({"arch": 75}, "compute capability 7.5; supported: 8.0 and up"),
+        ({"device": "cpu", "arch": 0}, "tensors on cpu; needs an NVIDIA GPU"),
     ],
 )
 def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
@@ -76,3 +77,8 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
 def test_refuses_a_tile_by_name(tile: cuda_async.Tile, named: str) -> None:
     reasons = cuda_async.refusals_for_tile(PLAIN, tile)
     assert any(named in reason for reason in reasons)
+
+
+def test_without_a_gpu_no_block_is_too_large_for_it() -> None:
+    reasons = cuda_async.refusals_for_tile(replace(PLAIN, device="cpu", arch=0), cuda_async.Tile(k=128))
+    assert reasons == []

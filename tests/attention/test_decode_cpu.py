@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strobe.attention import ladder, one_query, paged
+from strobe.attention import ladder, paged
 from strobe.attention.decode import cuda_cluster, cuda_paged, cuda_single, cuda_split, triton_split
-from strobe.attention.problem import AttentionProblem, Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, AttentionProblem, Paged
 
 CASES = {"paged_decode", "paged_decode_mha", "paged_decode_mqa", "paged_page_1", "paged_page_256"}
 
@@ -90,10 +90,17 @@ def test_paged_rungs_say_why_not(rung: Any, change: dict[str, object], reason: s
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"q_len": 2}, "one query"), ({"softcap": 3.0}, "softcap"), ({"window": (5, 0)}, "window (5, 0)")],
+    [
+        ({"q_len": 2}, "one query"),
+        ({"softcap": 3.0}, "softcap"),
+        ({"window": (5, 0)}, "window (5, 0)"),
+        ({"batch": 70_000}, "batch 70000, q_heads 8; supported: up to 65535"),
+        ({"arch": 75}, "compute capability 7.5; supported: 8.0 and up"),
+    ],
 )
-def test_teaching_rungs_say_why_not(change: dict[str, object], reason: str) -> None:
-    (why,) = one_query.cuda_refusals(problem(**change))
+@pytest.mark.parametrize("rung", [cuda_single, cuda_split, triton_split], ids=lambda r: r.__name__)
+def test_teaching_rungs_say_why_not(rung: Any, change: dict[str, object], reason: str) -> None:
+    (why,) = rung.refusals(problem(**change))
     assert reason in why
 
 
@@ -101,7 +108,7 @@ def test_teaching_rungs_say_why_not(change: dict[str, object], reason: str) -> N
     head_dim=st.sampled_from(paged.HEAD_DIMS),
     group=st.sampled_from([1, 3, 4, 8, 16, 64]),
     kv_heads=st.sampled_from([1, 2, 3, 8]),
-    q_len=st.integers(1, paged.MAX_Q_LEN),
+    q_len=st.integers(1, DECODE_MAX_Q_LEN),
     page_size=st.integers(1, paged.MAX_PAGE_SIZE),
     batch=st.integers(1, cuda_paged.MAX_BATCH),
     kv_dtype=st.sampled_from([None, "float8_e4m3fn"]),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from strobe.attention import triton
 from strobe.attention.prefill import triton_fused
 from strobe.attention.problem import AttentionProblem, Paged
 
@@ -74,7 +75,8 @@ def test_runs_a_plain_problem() -> None:
         ({"sinks": (0.0,) * 4}, "sinks"),
         ({"scale": 0.0}, "scale 0.0"),
         ({"layout": Paged(None, None), "page_size": 16}, "paged"),
-        ({"arch": 75}, "compute capability 8.0"),
+        ({"arch": 75}, "compute capability 7.5; supported: 8.0 and up"),
+        ({"batch": 40_000}, "batch x q_heads 160000; supported: up to 65535"),
         ({"kv_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
     ],
 )
@@ -94,8 +96,8 @@ def test_says_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    triton_fused._installed.cache_clear()
+    triton._installed.cache_clear()
     try:
         assert any("triton is not installed" in reason for reason in triton_fused.refusals(PLAIN))
     finally:
-        triton_fused._installed.cache_clear()
+        triton._installed.cache_clear()

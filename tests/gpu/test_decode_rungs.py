@@ -27,13 +27,13 @@ from decode_cases import (
     random_case,
 )  # fmt: skip
 
-from strobe.attention import ladder, paged
+from strobe.attention import ladder
 from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
 from strobe.attention.inputs import describe
-from strobe.attention.problem import Options, Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, Options, Paged
 from strobe.ops import cache, rope
 
 pytestmark = pytest.mark.gpu
@@ -71,7 +71,7 @@ def _compiled() -> None:
 def test_case_table(rung: ladder.Rung, head_dim: int, dtype: torch.dtype) -> None:
     cases = [replace(case, head_dim=head_dim) for case in PAGED]
     if rung.module in (cuda_paged, cuda_cluster):
-        few = [case for case in cases if max(q for q, _ in case.rows) <= paged.MAX_Q_LEN]
+        few = [case for case in cases if max(q for q, _ in case.rows) <= DECODE_MAX_Q_LEN]
         name = str(dtype).removeprefix("torch.")
         compile_all((Variant("", rung.module), problem_of(case, name)) for case in few)
     ran, failures, reasons = 0, [], set()

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense
-from strobe.cuda import jit
+from strobe.cuda import jit, needs
 
-_GRID_Y_MAX = 65535
 _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
 """Most KiB of shared memory a block may take, by arch; 99 where an arch is not listed."""
 _THREADS_MAX = 1024
+GRID_MAX = 65535
+"""The most blocks in a grid's second and third dimension."""
 
 
 class Strides(ctypes.Structure):
@@ -82,11 +83,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def refusals(problem: AttentionProblem, dtypes: tuple[str, ...] = tuple(jit.SCALAR)) -> list[str]:
     """What the teaching kernels leave to the production rungs, each by name."""
-    reasons = []
-    if problem.device != "cuda":
-        reasons.append(f"tensors on {problem.device}; needs an NVIDIA GPU")
-    elif problem.arch < 80:
-        reasons.append(f"compute capability {problem.arch / 10}; supported: 8.0 and up")
+    reasons = needs.refusals(problem.device, problem.arch)
     if not isinstance(problem.layout, Dense):
         reasons.append(f"layout {type(problem.layout).__name__}; supported: Dense")
     if problem.dtype not in dtypes:
@@ -99,8 +96,8 @@ def refusals(problem: AttentionProblem, dtypes: tuple[str, ...] = tuple(jit.SCAL
         reasons.append("softcap; supported: none")
     if problem.sinks is not None:
         reasons.append("sinks; supported: none")
-    if problem.batch * problem.q_heads > _GRID_Y_MAX:
-        reasons.append(f"batch x q_heads {problem.batch * problem.q_heads}; supported: up to {_GRID_Y_MAX}")
+    if problem.batch * problem.q_heads > GRID_MAX:
+        reasons.append(f"batch x q_heads {problem.batch * problem.q_heads}; supported: up to {GRID_MAX}")
     return reasons
 
 
@@ -110,10 +107,10 @@ def shared_memory(arch: int) -> int:
 
 
 def refusals_of(footprint: Footprint, problem: AttentionProblem) -> list[str]:
-    """Why a block of this size cannot be on the problem's device."""
+    """Why a block of this size cannot be on the problem's GPU; nothing where that is none."""
     most = shared_memory(problem.arch)
     reasons = []
-    if footprint.shared_bytes > most:
+    if problem.arch and footprint.shared_bytes > most:
         reasons.append(f"its block takes {footprint.shared_bytes} B of shared memory; this GPU has {most}")
     if footprint.threads > _THREADS_MAX:
         reasons.append(f"its block takes {footprint.threads} threads; supported: up to {_THREADS_MAX}")

@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 
+from strobe.attention import dense
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
-from strobe.cuda import jit
+from strobe.cuda import jit, needs
 
 _HEAD_DIMS = (64, 128, 192, 256)
 _DTYPES = ("float16", "bfloat16")
@@ -33,12 +34,14 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append("no softcap")
     if problem.sinks is not None:
         reasons.append("no sinks")
+    if max(problem.batch, problem.q_heads) > dense.GRID_MAX:
+        sizes = f"batch {problem.batch}, q_heads {problem.q_heads}"
+        reasons.append(f"{sizes}; supported: up to {dense.GRID_MAX}")
     return reasons
 
 
 def cuda_refusals(problem: AttentionProblem) -> list[str]:
-    needs = "needs an NVIDIA GPU of compute capability 8.0 or more"
-    return ([needs] if problem.arch < 80 else []) + refusals(problem)
+    return needs.refusals(problem.device, problem.arch) + refusals(problem)
 
 
 class Params(ctypes.Structure):
@@ -73,7 +76,7 @@ def params(
         *v.stride()[:3],
         layout.page_table.stride(0),
         problem.group,
-        (problem.scale or 0.0) * math.log2(math.e),
+        problem.scale * math.log2(math.e),
     )
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import cast
 
 from strobe.attention import dense
-from strobe.attention.problem import DTYPE_BYTES, AttentionProblem, Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, DTYPE_BYTES, AttentionProblem, Paged
 from strobe.cuda import jit
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-MAX_Q_LEN = 16
 MAX_PAGE_SIZE = 256
 FP8 = "float8_e4m3fn"
 SHARED_LIMIT = 227 * 1024
@@ -37,8 +36,8 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append(f"head_dim {problem.head_dim} with a cache in {FP8}; supported: multiples of 32")
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
-    if problem.q_len > MAX_Q_LEN:
-        reasons.append(f"q_len {problem.q_len}; supported: up to {MAX_Q_LEN}")
+    if problem.q_len > DECODE_MAX_Q_LEN:
+        reasons.append(f"q_len {problem.q_len}; supported: up to {DECODE_MAX_Q_LEN}")
     return reasons
 
 

@@ -37,7 +37,7 @@ class Params(ctypes.Structure):
     @classmethod
     def of(cls, problem: AttentionProblem, tiles: Tiles) -> Params:
         """What the problem and its layout decide: all but q, out, lse, sinks and `partials`."""
-        layout, scale = cast(Paged, problem.layout), problem.scale or 0.0
+        layout, scale = cast(Paged, problem.layout), problem.scale
         row_blocks = -(-problem.group * problem.q_len // tiles.columns)
         params = cls(
             seq_lens=layout.seq_lens.data_ptr(),

@@ -70,11 +70,10 @@ class _Call(NamedTuple):
 
 def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Call:
     layout = cast(Paged, problem.layout)
-    scale = problem.head_dim**-0.5 if problem.scale is None else problem.scale
     indices = [layout.page_table, layout.seq_lens, layout.cu_seqlens_q]
     kept = [None if x is None else x.contiguous() for x in indices]
     kept += [None if problem.sinks is None else problem.sinks.float().contiguous()]
-    kept += [torch.tensor([scale, problem.softcap], dtype=torch.float32)]
+    kept += [torch.tensor([problem.scale, problem.softcap], dtype=torch.float32)]
     most = threads.worth(2 * problem.head_dim * _pairs(problem), _THREAD_FLOATS)
     few = problem.batch * problem.q_len < 4 * most
     fixed = np.array(

@@ -1,19 +1,13 @@
-"""Flash-Decoding over a paged cache in Triton: a group shares each read, the keys are split over programs.
-
-Runs on NVIDIA GPUs, and with TRITON_INTERPRET=1 on a CPU (slowly, for tests).
-"""
+"""Flash-Decoding over a paged cache in Triton: a group shares each read, the keys are split over programs."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-from functools import cache
 from typing import cast
 
 import torch
 
-from strobe.attention import one_query
+from strobe.attention import one_query, triton
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.device import gpu
 
@@ -29,14 +23,7 @@ _SPLITS_MAX = 128
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = one_query.refusals(problem)
-    interpreted = problem.device == "cpu" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-    if not _installed():
-        reasons.append("triton is not installed (pip install triton)")
-    if problem.arch < 80 and not interpreted:
-        reasons.append("needs an NVIDIA GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1")
-    if problem.device == "cpu" and problem.dtype != "float16":
-        reasons.append(f"dtype {problem.dtype} interpreted; supported: float16")
+    reasons = triton.refusals(problem) + one_query.refusals(problem)
     if problem.head_dim & (problem.head_dim - 1):
         reasons.append(f"head_dim {problem.head_dim}; supported: powers of two")
     if problem.group > 64:
@@ -62,7 +49,7 @@ def run(
     partials[(splits, problem.kv_heads, problem.batch)](
         *(q, k, v, o, m, total, layout.seq_lens, layout.page_table),
         *(q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], layout.page_table.stride(0)),
-        (problem.scale or 0.0) * math.log2(math.e),
+        problem.scale * math.log2(math.e),
         HEAD_DIM=problem.head_dim,
         GROUP=problem.group,
         ROWS=max(16, 1 << (problem.group - 1).bit_length()),
@@ -87,8 +74,3 @@ def _splits(problem: AttentionProblem, programs: int) -> int:
 def _tile(problem: AttentionProblem) -> int:
     """Keys at a time."""
     return _TILE_ELEMENTS // problem.head_dim
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

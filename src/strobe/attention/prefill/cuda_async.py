@@ -15,7 +15,7 @@ import torch
 
 from strobe.attention import dense
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
-from strobe.cuda import jit
+from strobe.cuda import jit, needs
 from strobe.device import gpu
 
 IDEA = "copies run beside the products, masked tiles apart, sums rescaled only when a maximum outgrows them"
@@ -86,9 +86,7 @@ class _Params(ctypes.Structure):
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.arch < 80:
-        reasons.append("needs an NVIDIA GPU of compute capability 8.0 or more")
+    reasons = needs.refusals(problem.device, problem.arch)
     if problem.dtype not in ("float16", "bfloat16"):
         reasons.append(f"dtype {problem.dtype}; supported: float16, bfloat16")
     elif problem.kv_dtype != problem.dtype:

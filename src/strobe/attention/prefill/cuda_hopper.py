@@ -1,7 +1,8 @@
 """FlashAttention for Hopper's own units: bulk copies, warpgroup products, warps with a role each.
 
 Sources: Dao 2023 (arXiv 2307.08691); Shah et al. 2024, FlashAttention-3 (arXiv 2407.08608) for producer
-and consumers, turns, and the overlap of products and softmax. What is our own is told at the head of cuda_hopper.cu.
+and consumers, turns, and the overlap of products and softmax. The head of cuda_hopper.cu
+tells what is our own.
 """
 
 from __future__ import annotations
@@ -105,8 +106,6 @@ def refusals(problem: AttentionProblem) -> list[str]:
         if problem.page_size % 8 or (keys % problem.page_size and problem.page_size % keys):
             sizes = ", ".join(str(n) for n in (8, 16, 32, 64) if n < keys)
             reasons.append(f"page_size {problem.page_size}; supported: {sizes} and multiples of {keys}")
-    if problem.bias is not None:
-        reasons.append("a bias; supported: none")
     if not problem.scale or problem.scale < 0:
         reasons.append(f"scale {problem.scale}; supported: above 0")
     return reasons

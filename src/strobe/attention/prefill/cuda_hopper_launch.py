@@ -36,7 +36,7 @@ class Params(ctypes.Structure):
     @classmethod
     def of(cls, problem: AttentionProblem, q_tile: int, section: int) -> Params:
         """What the problem and the size of a tile of queries decide; addresses and strides are to come."""
-        scale = problem.scale or 0.0
+        scale = problem.scale
         left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
         return cls(
             q_tiles=-(-problem.q_len // q_tile),

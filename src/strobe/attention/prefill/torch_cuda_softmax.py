@@ -6,6 +6,7 @@ import torch
 
 from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
+from strobe.cuda import needs
 from strobe.ops.softmax import softmax
 
 IDEA = "matmul, mask, a softmax kernel that reads each row twice, matmul; both products on tensor cores"
@@ -14,11 +15,7 @@ _DTYPES = ("float16", "bfloat16")
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.device != "cuda":
-        reasons.append(f"tensors on {problem.device}; needs an NVIDIA GPU")
-    elif problem.arch < 80:
-        reasons.append(f"compute capability {problem.arch / 10}; supported: 8.0 and up")
+    reasons = needs.refusals(problem.device, problem.arch)
     if problem.dtype not in _DTYPES:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
     if problem.kv_dtype != problem.dtype:

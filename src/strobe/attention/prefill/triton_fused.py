@@ -1,35 +1,26 @@
-"""FlashAttention-2 in Triton: the compiler places the copies, the shared memory and the tensor cores.
-
-Runs on NVIDIA GPUs, and with TRITON_INTERPRET=1 on a CPU (slowly, for tests).
-"""
+"""FlashAttention-2 in Triton: the compiler places the copies, the shared memory and the tensor cores."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-from functools import cache
 
 import torch
 
+from strobe.attention import dense, triton
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
 
 IDEA = "one kernel of Triton tiles: the compiler does what the CUDA rungs do by hand"
 
+_DTYPES = ("float16", "bfloat16")
 _HEAD_DIMS = (32, 64, 128, 256)
 _LONG = 2048
 """Keys from which a problem is tuned as a long one."""
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if not _installed():
-        reasons.append("triton is not installed (pip install triton)")
-    if problem.arch < 80 and not (problem.device == "cpu" and _interpreting()):
-        reasons.append("needs an NVIDIA GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1")
-    dtypes = ("float16",) if problem.device == "cpu" else ("float16", "bfloat16")
-    if problem.dtype not in dtypes:
-        reasons.append(f"dtype {problem.dtype}; supported: {', '.join(dtypes)}")
+    reasons = triton.refusals(problem)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
     elif problem.kv_dtype != problem.dtype:
         reasons.append(f"k and v in {problem.kv_dtype}; supported: q's dtype")
     if problem.head_dim not in _HEAD_DIMS:
@@ -44,6 +35,8 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append("no sinks")
     if not problem.scale or problem.scale < 0:
         reasons.append(f"scale {problem.scale}; supported: above 0")
+    if (rows := problem.batch * problem.q_heads) > dense.GRID_MAX:
+        reasons.append(f"batch x q_heads {rows}; supported: up to {dense.GRID_MAX}")
     return reasons
 
 
@@ -102,12 +95,3 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
     rows = rows.flatten(0, 1) if rows.dim() == 3 else rows
     odd = rows.stride(0) * rows.element_size() % 16 or rows.data_ptr() % 16
     return rows.clone(memory_format=torch.contiguous_format) if odd else rows
-
-
-@cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
