@@ -227,3 +227,17 @@ def test_grammars_are_kept_and_forgotten(serve, monkeypatch) -> None:
         answer = server.post("/v1/completions", {"prompt": "O", "structured_outputs": {"regex": pattern}})
         assert answer.json()["choices"][0]["text"] == pattern
         assert len(server.service.grammars._kept) <= 2
+
+
+@pytest.mark.parametrize(
+    ("regex", "told"),
+    [
+        ("(a", "structured_outputs.regex: unclosed group"),
+        ("(?=a)b", "structured_outputs.regex: look-around, including look-ahead"),
+        (".*" * 1000, "structured_outputs.regex: too complex to compile"),
+    ],
+    ids=["open", "look-ahead", "too complex"],
+)
+def test_a_regexs_fault_is_named(idle: LiveServer, regex: str, told: str) -> None:
+    body = {"prompt": "O", "structured_outputs": {"regex": regex}}
+    assert idle.post("/v1/completions", body).json()["error"]["message"].startswith(told)

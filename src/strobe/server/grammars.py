@@ -128,7 +128,7 @@ class Grammars:
         except ValueError:
             return None, f"not a {kind} that can be compiled"
         if state.is_error():
-            return None, _first_line(state.get_error())
+            return None, _fault(state.get_error())
         return state, None
 
     @cached_property
@@ -164,6 +164,10 @@ class _Vocabulary:
         return self._encode(text, add_special=False)
 
 
-def _first_line(text: str) -> str:
-    line = text.strip().partition("\n")[0]
-    return line[:200]
+def _fault(told: str) -> str:
+    """Of llguidance's report the line that says what is wrong; its limits are not the client's to raise."""
+    if "limits." in told:
+        return "too complex to compile"
+    lines = told.strip().splitlines() or ["not a grammar"]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (named or lines)[0][:200]
