@@ -90,7 +90,9 @@ def test_append(kv_dtype: torch.dtype) -> None:
     torch.testing.assert_close(stored.float(), want.float(), rtol=rtol, atol=4 * step)
 
 
-def test_pages_are_copied() -> None:
+@pytest.mark.parametrize("launch_pages", [2, 65535])
+def test_pages_are_copied(launch_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_MOST", launch_pages)
     k, v = torch.randn(2, 2, 11, 5, 2, 64).bfloat16()
     was = k.clone(), v.clone()
     source, target = torch.tensor([4, 0, 7]), torch.tensor([1, 2, 10])
@@ -99,3 +101,7 @@ def test_pages_are_copied() -> None:
     for after, before in zip((k, v), was, strict=True):
         before[:, target] = before[:, source]
         assert torch.equal(after, before)
+    table = torch.randint(11, (7,))
+    with emulated_gpu():
+        gathered = pages.gather_pages(k[1], table)
+    assert torch.equal(gathered, k[1][table].flatten(0, 1))

@@ -1,1 +1,1 @@
-"""The small operations around attention: norm, rope, activation, cache writes, sampling."""
+"""The small operations around attention: embedding, norm, rope, softmax, activation, the cache, sampling."""

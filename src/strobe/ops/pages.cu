@@ -4,16 +4,16 @@
 using Words = uint4;  // 16 bytes: what a thread moves
 
 struct Copy {
-  const Words* from;
-  Words* to;
-  const i64 *source, *target;  // target null: 0, 1, 2, ...
-  i64 page, from_layer, to_layer;  // words
+  const Words* source_pages;
+  Words* target_pages;
+  const i64 *source, *target;            // target null: 0, 1, 2, ...
+  i64 page, source_layer, target_layer;  // in words
 };
 
 // grid (page / 256, pages, layers)
 extern "C" __global__ void copy_pages(const __grid_constant__ Copy p) {
   const i64 word = i64(blockIdx.x) * blockDim.x + threadIdx.x, target = p.target ? p.target[blockIdx.y] : blockIdx.y;
   if (word < p.page)
-    p.to[blockIdx.z * p.to_layer + target * p.page + word] =
-        p.from[blockIdx.z * p.from_layer + p.source[blockIdx.y] * p.page + word];
+    p.target_pages[blockIdx.z * p.target_layer + target * p.page + word] =
+        p.source_pages[blockIdx.z * p.source_layer + p.source[blockIdx.y] * p.page + word];
 }

@@ -11,6 +11,8 @@ from strobe.cuda import jit
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 256
+_MOST = 65535
+"""Pages of one launch: the grid's second dimension."""
 
 
 def copy_pages(k: torch.Tensor, v: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -21,7 +23,8 @@ def copy_pages(k: torch.Tensor, v: torch.Tensor, source: torch.Tensor, target: t
     """
     for cache in (k, v):
         if _runs(cache):
-            _launch_copy(cache, cache, source, target)
+            for some, onto in zip(source.split(_MOST), target.split(_MOST), strict=True):
+                _launch_copy(cache, cache, some, onto)
         else:
             cache[:, target] = cache[:, source]
 
@@ -34,7 +37,8 @@ def gather_pages(pages: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
     if not _runs(pages.unsqueeze(0)):
         return pages[page_table].flatten(0, 1)
     gathered = pages.new_empty((page_table.shape[0], *pages.shape[1:]))
-    _launch_copy(pages.unsqueeze(0), gathered.unsqueeze(0), page_table, None)
+    for some, into in zip(page_table.split(_MOST), gathered.split(_MOST), strict=True):
+        _launch_copy(pages.unsqueeze(0), into.unsqueeze(0), some, None)
     return gathered.flatten(0, 1)
 
 
