@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from strobe.attention import ladder
-from strobe.bench import ceilings
+from strobe.bench import ceilings, peers
 from strobe.bench.results import Result
 
 from .conftest import Cli
@@ -101,3 +102,14 @@ def test_mistake_is_one_line(cli: Cli, args: tuple[str, ...], told: str) -> None
 )
 def test_a_ladder_of_nothing_is_one_line(cli: Cli, args: tuple[str, ...]) -> None:
     assert "supported: rows and lengths from 1" in cli("ladder", *args, "--device", "cpu").error
+
+
+def test_a_peer_that_refuses_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(peers.PEERS["fa3"], load=lambda: None)
+    monkeypatch.setitem(peers.PEERS, "fa3", here)
+    given = cli("bench", "attention", *SMALL, "--seq", "24", "-k", "torch_naive,cuda_split", "--vs", "fa3")
+    assert given.code == 0
+    assert "strobe:torch_naive" in given.out
+    assert "fa3 does not run (dense batch 1" in given.err
+    assert "Hopper only" in given.err
+    assert "strobe:cuda_split does not run" in given.err

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strobe import device as devices
-from strobe import settings
-from strobe.cli import bench_attention, console, options
+from strobe.cli import bench_kernels as shared
+from strobe.cli import bench_options, console, options
 from strobe.errors import StrobeError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -29,21 +28,21 @@ def decode(
         bool, typer.Option("--mixed", help="One row of --context, the others 64 to 4k at random.")
     ] = False,
     q_len: Annotated[int, typer.Option(help="New tokens of a row.")] = 1,
-    heads: bench_attention.Heads = 32,
-    kv_heads: bench_attention.KvHeads = None,
-    head_dim: bench_attention.HeadDim = 128,
+    heads: shared.Heads = 32,
+    kv_heads: shared.KvHeads = None,
+    head_dim: shared.HeadDim = 128,
     page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
     float8: Annotated[bool, typer.Option("--float8", help="A float8 cache, with a scale a head.")] = False,
     append: Annotated[
         bool, typer.Option("--append/--no-append", help="Time the rotation and the append too.")
     ] = True,
-    dtype: bench_attention.Dtype = None,
+    dtype: shared.Dtype = None,
     device: options.Device = None,
-    kernel: bench_attention.Kernels = "all",
+    kernel: shared.Kernels = "all",
     vs: Vs = "",
-    host: bench_attention.Host = False,
+    host: shared.Host = False,
     plot: options.Plot = None,
-    csv: bench_attention.Csv = False,
+    csv: shared.Csv = False,
     save: options.Save = None,
     commit: options.Commit = None,
     json: options.Json = False,
@@ -60,7 +59,7 @@ def decode(
     from strobe.bench import decode as bench
     from strobe.bench import decode_figure, plots
     from strobe.bench.attention import torch_dtype
-    from strobe.bench.results import Result, default_path
+    from strobe.bench.results import Result
 
     if plot is not None:
         plots.check_path(plot)
@@ -69,24 +68,22 @@ def decode(
         raise UnknownNameError.among("suite", suite, bench.SUITES)
     asked = () if suite is not None else _cases(shape, batch, context, mixed, q_len, float8)
     cases = bench.SUITES[suite] if suite is not None else asked
-    where = devices.resolve(settings.load(device=device).device).partition(":")[0]
-    dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    where, dtype = shared.target(device, dtype)
     if host:
-        bench_attention.host_cost(list(cases), vs, dtype, save=save, commit=commit, json=json)
+        shared.host_cost(cases, vs, dtype, save=save, commit=commit, json=json)
         return
-    rows, roof = bench_attention.measure(list(cases), "decode", kernel, vs, None, dtype, where)
+    chosen = shared.providers("decode", kernel, vs)
+    rows, roof = shared.measure(cases, chosen, dtype, where, kernel=kernel)
     tokens = bench.APPENDED if suite is not None else (batch * q_len,)
     if append:
         rows += append_bench.measure(shape, tokens, torch_dtype(dtype), where)
-    result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
-    if save is not None:
-        result.save(default_path("decode") if str(save) == "auto" else save)
     if plot is not None:
+        result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
         decode_figure.against_context(result, plot)
-    if json:
-        console.write_json(result.__dict__)
-    elif csv:
-        bench_attention.write_csv(rows)
+    if bench_options.finish("decode", rows, save=save, commit=commit, json=json, ceilings=roof.as_dict()):
+        return
+    if csv:
+        shared.write_csv(rows)
     else:
         console.write_table(
             ["shape", "provider", "µs", "GB/s", "% of the read ceiling", "range, µs"], _lines(rows, roof)
@@ -101,7 +98,7 @@ def _cases(shape: Case, batch: int, context: str, mixed: bool, q_len: int, float
     if batch < 1 or q_len < 1:
         raise StrobeError(f"batch {batch}, q_len {q_len}; supported: 1 and up")
     found = []
-    for length in map(bench_attention.length, context.split(",")):
+    for length in map(shared.length, context.split(",")):
         case = replace(shape, name=f"{shape.name}@{length}", rows=((1, length),) * batch)
         if mixed:
             case = bench.mixed(batch, length, (min(64, length), min(4096, length)), shape=shape)

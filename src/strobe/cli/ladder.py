@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from strobe import device as devices
-from strobe import settings
 from strobe.attention import ladder as rungs
+from strobe.cli import bench_kernels as shared
 from strobe.cli import console
 from strobe.cli.options import Device, Json
 
@@ -16,18 +15,13 @@ from strobe.cli.options import Device, Json
 def ladder(
     seq: Annotated[int, typer.Option(help="Queries and keys of each row; keys where it decodes.")] = 1024,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads.", show_default="--heads")] = None,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
-    causal: Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")] = False,
+    heads: shared.Heads = 8,
+    kv_heads: shared.KvHeads = None,
+    head_dim: shared.HeadDim = 64,
+    causal: shared.Causal = False,
     decode: Annotated[bool, typer.Option("--decode", help="One query a row against a paged cache.")] = False,
     page_size: Annotated[int, typer.Option(help="Tokens of a page, with --decode.")] = 16,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.", show_default="bfloat16 on a GPU, float32 on a CPU"
-        ),
-    ] = None,
+    dtype: shared.Dtype = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -37,8 +31,7 @@ def ladder(
     from strobe.bench.ceilings import ceilings
     from strobe.bench.results import Result
 
-    where = devices.resolve(settings.load(device=device).device).partition(":")[0]
-    dtype = dtype or ("bfloat16" if where == "cuda" else "float32")
+    where, dtype = shared.target(device, dtype)
     kv_heads = kv_heads or heads
     if decode:
         case = decode_shape(batch, seq, heads, kv_heads, head_dim, page_size)
@@ -78,6 +71,5 @@ def ladder(
         over = "" if before is None else f"{before / row['ms']:.2f}x"
         table.append([rung.name, rung.idea, f"{row['ms']:.4g}", f"{speed:.4g}", f"{share:.1%}", peak, over])
         before = row["ms"]
-    console.write_table(
-        ["kernel", "idea", "ms", unit, "% of ceiling", "extra memory", "over the one before"], table
-    )
+    last = "over the one before, or why not"
+    console.write_table(["kernel", "idea", "ms", unit, "% of ceiling", "extra memory", last], table)
