@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strobe.engine import LLM, EngineConfig, SamplingParams
-from strobe.errors import CheckpointError, RequestError, StrobeError
+from strobe.errors import CheckpointError, RequestError, SettingsError, StrobeError
 from strobe.models.network import tensors
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -186,6 +186,12 @@ def test_wrong_calls(llm, prompts, params, message):
         llm.generate(prompts, params)
 
 
+@pytest.mark.parametrize("messages", ["hi", None, ["hi"], [{"content": "hi"}], {"role": "user"}, 3], ids=repr)
+def test_what_is_no_conversation(llm, messages):
+    with pytest.raises(RequestError, match=r'messages .*supported: a list of \{"role"'):
+        llm.chat(messages)
+
+
 def test_token_ids_may_be_an_array(llm):
     ids = [3, 1, 4]
     wanted = llm.generate([ids], GREEDY)[0].token_ids
@@ -203,9 +209,15 @@ def test_closed(folder):
         llm.generate("a")
 
 
-def test_missing_model():
-    with pytest.raises(CheckpointError, match="no/such/folder"):
-        LLM("no/such/folder")
+@pytest.mark.parametrize("model", ["no/such/folder", 3, b"folder"], ids=repr)
+def test_missing_model(model):
+    with pytest.raises(CheckpointError, match=f"{model}.*no such file"):
+        LLM(model)
+
+
+def test_a_config_of_another_kind(folder):
+    with pytest.raises(SettingsError, match="config is a dict; supported: EngineConfig"):
+        LLM(folder, config={"max_num_seqs": 3})
 
 
 def test_progress_is_told_to_the_last_byte(folder):

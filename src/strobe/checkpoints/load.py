@@ -76,8 +76,8 @@ def load(
 def _locate(model: str | Path | None) -> Path:
     if model is None:
         return BUNDLED
-    # no such user, a name too long, a folder that may not be searched
-    with contextlib.suppress(OSError, RuntimeError, ValueError):
+    # no such user, a name too long, a folder that may not be searched, what is no path at all
+    with contextlib.suppress(OSError, RuntimeError, ValueError, TypeError):
         path = Path(model).expanduser()
         if str(model) and path.exists():
             return path

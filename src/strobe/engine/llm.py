@@ -19,7 +19,7 @@ from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
 from strobe.engine.request import Request, RequestOutput, StreamChunk
 from strobe.engine.sampling_params import SamplingParams
-from strobe.errors import CheckpointError, OutOfPagesError, RequestError, StrobeError
+from strobe.errors import CheckpointError, OutOfPagesError, RequestError, SettingsError, StrobeError
 
 Prompt = str | Sequence[int]
 
@@ -55,6 +55,8 @@ class LLM:
         config: EngineConfig | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
+        if not isinstance(config, EngineConfig | None):
+            raise SettingsError(f"config is a {type(config).__name__}; supported: EngineConfig")
         begun = time.perf_counter()
         checkpoint = load(model, device=device, dtype=dtype, progress=progress)
         loaded = time.perf_counter()
@@ -171,6 +173,10 @@ class LLM:
         self.close()
 
     def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        supported = 'a list of {"role": ..., "content": ...}'
+        for message in _list("messages", messages, supported):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise RequestError(f"messages holds {message!r:.60}; supported: {supported}")
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special=False)
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, *, stream: bool = False) -> Request:
