@@ -180,7 +180,7 @@ class Tokenizer:
         """What one token stands for; nothing for an id that the vocabulary has no token for."""
         found = self._bytes.get(token_id)
         if found is None:
-            token = self._backend.id_to_token(token_id)
+            token = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
             if token is None:  # not kept: a client may make up any number of them
                 return b""
             found = self._bytes[token_id] = self._spell(token_id, token)
