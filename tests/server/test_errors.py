@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+from collections.abc import Callable
 
 import openai
 import pytest
 
 from strobe.server.config import ServerConfig
+from strobe.server.gate import Gate
+from strobe.server.metrics import Metrics
 
 from .conftest import LiveServer
 
@@ -55,6 +59,7 @@ def check(response, status: int, param: str | None) -> str:
         ({"prompt": "O", "n": True}, "n"),
         ({"prompt": "O", "logprobs": 21}, "logprobs"),
         ({"prompt": ["O"] * 200, "logprobs": 20, "max_tokens": 100}, "logprobs"),
+        ({"prompt": [5] * 1000, "logprobs": 20, "max_tokens": 1, "echo": True, "n": 13}, "logprobs"),
         ({"prompt": "O", **{f"x{i}": i for i in range(200)}}, None),
         ({"prompt": "O", "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
         ({"prompt": "O", "max_tokens": 0}, "max_tokens"),
@@ -228,3 +233,31 @@ def test_tokenize_bounds(idle: LiveServer) -> None:
     check(idle.post("/tokenize", {"prompt": "O", **CHAT}), 400, "prompt")
     check(idle.post("/detokenize", {"tokens": [1 << 31]}), 400, "tokens[0]")
     assert idle.post("/detokenize", {"tokens": [2047, 5000, 2_000_000_000]}).status_code == 200
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["no answer yet", "amid an answer"])
+def test_who_is_cut_off_by_the_servers_end_is_told_so(begun: bool) -> None:
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def app(scope: dict, receive: object, send: Callable) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def cut_off() -> None:
+        gate = Gate(app, ServerConfig(api_keys=("k",)), Metrics("m"))
+        headers = [(b"authorization", b"Bearer k")]
+        scope = {"type": "http", "method": "GET", "path": "/version", "headers": headers}
+        task = asyncio.create_task(gate(scope, None, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    asyncio.run(cut_off())
+    if begun:
+        assert [message["status"] for message in sent] == [200]
+    else:
+        assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (503, "stopping")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from strobe.engine.request import Request, StreamChunk
 from strobe.errors import StrobeError
 from strobe.server.config import ServerConfig
-from strobe.server.errors import ApiError, from_strobe, internal, too_complex
+from strobe.server.errors import ApiError, from_strobe, internal, stopping, too_complex
 from strobe.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class EngineBridge:
         if self._expiry is not None:
             self._expiry.cancel()
         for live in list(self._live.values()):
-            self._fail(live, ApiError(503, "the server is stopping", code="stopping"))
+            self._fail(live, stopping())
         await asyncio.to_thread(self._thread.join, STALL_S)
 
     @property

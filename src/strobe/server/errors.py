@@ -59,6 +59,10 @@ def internal() -> ApiError:
     )
 
 
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping")
+
+
 def too_complex() -> ApiError:
     return ApiError(400, "the output's grammar is too complex to follow", code="grammar_too_complex")
 

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from strobe.server.config import LOOPBACK_HOSTS, ServerConfig
-from strobe.server.errors import ApiError, internal
+from strobe.server.errors import ApiError, internal, stopping
 from strobe.server.metrics import Metrics
 from strobe.server.replies import error_reply
 
@@ -68,6 +68,9 @@ class Gate:
             _log.exception("request %s failed", scope["request_id"])
             if not status:
                 await error_reply(internal(), scope)(scope, receive, tell)
+        except asyncio.CancelledError:  # the server stops, and gives nobody more time
+            if not status:
+                await error_reply(stopping(), scope)(scope, receive, tell)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.metrics.http.labels(route, str(status or 499)).inc()

@@ -38,6 +38,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit:
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what is cut off now is meant to be
 
 
 def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]) -> None:
