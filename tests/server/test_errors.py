@@ -59,6 +59,8 @@ def check(response, status: int, param: str | None) -> str:
         ({"prompt": "O", "n": True}, "n"),
         ({"prompt": "O", "logprobs": 21}, "logprobs"),
         ({"prompt": ["O"] * 200, "logprobs": 20, "max_tokens": 100}, "logprobs"),
+        ({"prompt": [[5] * 1000] * 17, "n": 64, "echo": True}, "n"),
+        ({"prompt": [[5] * 1000] * 17, "n": 64, "return_token_ids": True}, "n"),
         ({"prompt": [5] * 1000, "logprobs": 20, "max_tokens": 1, "echo": True, "n": 13}, "logprobs"),
         ({"prompt": "O", **{f"x{i}": i for i in range(200)}}, None),
         ({"prompt": "O", "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),

@@ -17,6 +17,10 @@ from strobe.server.schema import CompletionRequest
 from strobe.server.service import Service, named_stop
 
 
+MAX_REPEATED = 1 << 20
+"""Tokens of prompts in one answer: each of a prompt's `n` outputs tells them anew where they are wanted."""
+
+
 @dataclass(eq=False)
 class _Choice:
     """One output on its way to the client."""
@@ -179,7 +183,10 @@ async def complete(service: Service, body: CompletionRequest, api_key: str | Non
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar,
     )
-    echoed = sum(map(len, prompts)) if body.echo else 0
+    repeated = params.n * sum(map(len, prompts)) if body.echo or body.return_token_ids else 0
+    if repeated > MAX_REPEATED:
+        raise ApiError(400, f"n: repeats {repeated} prompt tokens; up to {MAX_REPEATED} in all", param="n")
+    echoed = repeated if body.echo else 0
     service.check_logprobs(echoed + len(prompts) * params.n * max_tokens, body.logprobs)
     run = CompletionRun(service, body, model, await _echoes(service, body, prompts))
     streams = bool(body.stream)
