@@ -16,7 +16,6 @@ from strobe.server.replies import Event, EventReply, JsonReply, off_loop_if_long
 from strobe.server.schema import CompletionRequest
 from strobe.server.service import Service, named_stop
 
-
 MAX_REPEATED = 1 << 20
 """Tokens of prompts in one answer: each of a prompt's `n` outputs tells them anew where they are wanted."""
 
