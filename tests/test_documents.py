@@ -135,3 +135,18 @@ def test_links_and_paths_exist(document: str) -> None:
         homes = (ROOT, ROOT / "src", ROOT / "src" / "strobe")
         made_by_the_reader = path.endswith(("torch_halves.py", "NAME.py"))
         assert made_by_the_reader or any((home / path).exists() for home in homes), path
+
+
+def test_equations_that_are_cited_are_there() -> None:
+    known = set(re.findall(r"^\*\*\((\d+)\)", (ROOT / "docs" / "math.md").read_text(), re.MULTILINE))
+    sources = [path for kind in ("py", "cu", "cuh") for path in (ROOT / "src").rglob(f"*.{kind}")]
+    cited = set()
+    for path in (*sources, *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for line in path.read_text().splitlines():
+            if "arXiv" not in line or "math.md" in line:  # else an equation of that paper's
+                cited |= {
+                    n
+                    for pair in re.findall(r"\beq(?:\.|uations?) (\d+)(?: (?:to|and) (\d+))?", line)
+                    for n in pair
+                }
+    assert cited - {""} == known

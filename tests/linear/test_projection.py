@@ -73,9 +73,12 @@ def test_equals_the_formula(kernel, tokens, inputs, outputs, around, input_major
 
 @pytest.mark.parametrize("rung", ladder.RUNGS)
 def test_every_rung_says_its_idea_and_its_refusals(rung):
-    assert ladder.RUNGS[rung].idea.strip()
-    verdicts = ladder.explain(LinearProblem(1, 64, 64, "float32"))
-    assert all(isinstance(reason, str) for reason in verdicts[rung])
+    idea = ladder.RUNGS[rung].idea
+    assert idea.strip()
+    assert "\n" not in idea
+    reasons = ladder.explain(LinearProblem(1, 64, 64, "float64"))[rung]
+    assert bool(reasons) == (rung not in ("torch_linear", "batch_invariant"))
+    assert all(reason.strip() for reason in reasons)
 
 
 @pytest.mark.parametrize(

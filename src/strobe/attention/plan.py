@@ -59,8 +59,8 @@ def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: 
         return kept[key]
     except (KeyError, TypeError):  # new, or an argument without a hash: `describe` refuses those
         made = _make(q, k, v, kernel, options)
-    if len(_dense) >= MOST:
-        _dense.clear()
+    if kept is _dense and len(kept) >= MOST:
+        kept.clear()
     kept[key] = made
     return made
 

@@ -218,6 +218,12 @@ class AttentionProblem:
         return self.window != (UNLIMITED, UNLIMITED)
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """`window` as kernels add it to a position: WIDEST where it has no limit."""
+        left, right = (WIDEST if side == UNLIMITED else side for side in self.window)
+        return left, right
+
+    @property
     def phase(self) -> str:
         """The ladder this problem belongs to: "decode" (few queries against a cache) or "prefill"."""
         return "decode" if self.paged and self.q_len <= DECODE_MAX_Q_LEN else "prefill"
@@ -262,7 +268,7 @@ class AttentionProblem:
         return total
 
     def flops(self) -> int:
-        """Operations of both matmuls, a multiply-add as two, visible pairs only (docs/math.md, eq. 3)."""
+        """Operations of both matmuls, a multiply-add as two, of visible pairs only (docs/math.md, "Cost")."""
         return 4 * self.visible_pairs() * self.q_heads * self.head_dim
 
     def bytes(self) -> int:

@@ -70,8 +70,7 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    write(figure, path, title)
 
 
 def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str) -> None:
@@ -91,8 +90,7 @@ def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3, axis="y")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    write(figure, path, title)
 
 
 _KINDS = {

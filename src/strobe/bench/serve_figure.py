@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from strobe.bench.plots import check_path
+from strobe.bench.plots import load_pyplot, write
 from strobe.bench.results import Row
 
 _PANELS = {
@@ -17,9 +17,7 @@ _PANELS = {
 
 def against_rate(rows: Sequence[Row], path: Path, title: str) -> None:
     """A panel a latency with its p50 and p99, and one for what was asked for and what came."""
-    check_path(path)
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, len(_PANELS) + 1, figsize=(15, 3.8), layout="constrained")
     labels = [f"{float(row['case']['rate']):g}" for row in rows]
     places = range(len(rows))
@@ -43,5 +41,4 @@ def against_rate(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.set_xlabel("arrivals, requests/s")
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    write(figure, path, title)

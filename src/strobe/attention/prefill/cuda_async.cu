@@ -1,4 +1,4 @@
-// FlashAttention-2 on mma.sync (Dao 2023, arXiv 2307.08691), for sm_80 and up.
+// FlashAttention-2 on mma.sync (docs/math.md, eq. 5; Dao 2023, arXiv 2307.08691), for sm_80 and up.
 //
 // A block owns Q_TILE query rows of one key head: (token, head of the group) pairs, so that the heads of
 // a group read their keys once. Its warps own Q_TILE / WARPS rows each and never exchange anything but

@@ -21,7 +21,6 @@ from strobe.device import gpu
 IDEA = "copies run beside the products, masked tiles apart, sums rescaled only when a maximum outgrows them"
 
 _SOURCE = Path(__file__).with_suffix(".cu")
-_FAR = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ def _params(
     layout = problem.layout
     sequences = problem.batch * problem.kv_heads
     sequence_bytes = 2 * k.element_size() * max(1, problem.kv_len) * problem.head_dim
-    left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
+    left, right = problem.bounds
     params = _Params(
         q=q.data_ptr(),
         k=k.data_ptr(),

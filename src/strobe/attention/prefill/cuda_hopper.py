@@ -73,8 +73,9 @@ def choose_tile(problem: AttentionProblem, sm_count: int) -> Tile:
     """Measured on an H200 (docs/log.md).
 
     Stores in bulk pay at head_dim 128 while rows are short, with a third tile of q to load meanwhile. At
-    head_dim 64 the exponentials take as long as the products, and a third consumer keeps both busier; it
-    has no registers to spare for anything but plain problems, and is too coarse for short causal ones.
+    head_dim 64 the exponentials take as long as the products (docs/math.md, eq. 9), and a third consumer
+    keeps both busier; it has no registers to spare for anything but plain problems, and is too coarse for
+    short causal ones.
     """
     tile = TILES[problem.head_dim]
     if not isinstance(problem.layout, Dense):

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
+from strobe.attention.problem import AttentionProblem, Packed, Paged
 from strobe.cuda import jit
 from strobe.cuda.driver import relaxed_capture
 
 ROWS = 64
 """Queries of a consumer."""
-_FAR = 1 << 30
 _LOG2E = math.log2(math.e)
 
 
@@ -37,7 +36,7 @@ class Params(ctypes.Structure):
     def of(cls, problem: AttentionProblem, q_tile: int, section: int) -> Params:
         """What the problem and the size of a tile of queries decide; addresses and strides are to come."""
         scale = problem.scale
-        left, right = (_FAR if side == UNLIMITED else min(side, _FAR) for side in problem.window)
+        left, right = problem.bounds
         return cls(
             q_tiles=-(-problem.q_len // q_tile),
             heads=problem.batch * problem.q_heads,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from strobe.attention.problem import AttentionProblem, Dense, Packed, Paged
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed, Paged
 from strobe.attention.rows import visible
 
 TAKES_BIAS = True
@@ -47,7 +47,7 @@ def run(
 ) -> None:
     if isinstance(problem.layout, Dense):
         mask = None
-        square_causal = problem.window == (-1, 0) and problem.q_len == problem.kv_len
+        square_causal = problem.window == (UNLIMITED, 0) and problem.q_len == problem.kv_len
         if problem.bias is not None:
             square_causal, mask = False, problem.bias.to(q.dtype)
             if problem.masked:
@@ -163,7 +163,7 @@ def _group(
         starts = torch.tensor([q_starts[row] for row in rows], device=device)
         q_at = (starts[:, None] + torch.arange(q_len, device=device)).flatten()
     alike = bool((kv_lens == padded).all())
-    square_causal = alike and problem.window == (-1, 0) and q_len == padded
+    square_causal = alike and problem.window == (UNLIMITED, 0) and q_len == padded
     mask = None if square_causal else _mask(problem, q_len, kv_lens, padded)
     return _Group(len(rows), q_len, padded, q_at, at.flatten(), mask, square_causal)
 
@@ -174,8 +174,8 @@ def _mask(problem: AttentionProblem, q_len: int, kv_lens: torch.Tensor, padded: 
     key = torch.arange(padded, device=kv_lens.device)
     position = torch.arange(q_len, device=kv_lens.device)[None, :, None] + (kv_lens - q_len)[:, None, None]
     seen = (key < kv_lens[:, None, None]).expand(-1, q_len, -1)
-    if right >= 0:
+    if right != UNLIMITED:
         seen = seen & (key <= position + right)
-    if left >= 0:
+    if left != UNLIMITED:
         seen = seen & (key >= position - left)
     return None if bool(seen.all()) else seen.unsqueeze(1)
