@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -189,3 +192,48 @@ def test_work_is_worth_as_many_threads_as_it_feeds():
 
 def test_the_version_of_the_cache_follows_what_kernels_share():
     assert len(jit._version()) == 16
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a shell leaves it: a runner may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_waits_for_a_compilation() -> None:
+    done = []
+
+    def compiler(signature: str, **options: object) -> Callable:
+        def compile(function: Callable) -> Callable:
+            signal.raise_signal(signal.SIGINT)
+            done.append(signature)
+            return function
+
+        return compile
+
+    with pytest.raises(KeyboardInterrupt):
+        jit._compile(compiler, "void()", print)
+    assert done == ["void()"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_kernel.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        jit.kernels("slow_kernel")
+    assert sys.modules.pop("slow_kernel").whole
+
+
+def test_another_thread_compiles_as_ever(interruptible: None) -> None:
+    found = []
+    thread = threading.Thread(target=lambda: found.append(jit.kernels("strobe.cpu.kernel")))
+    thread.start()
+    thread.join()
+    assert found == [kernel]

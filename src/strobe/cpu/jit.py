@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import signal
 import threading
 import time
 import warnings
@@ -49,7 +50,8 @@ def refusals() -> list[str]:
 @cache
 def kernels(module: str) -> ModuleType:
     """The module of this name. Importing it compiles its kernels, or reads them from the cache."""
-    return importlib.import_module(module)
+    with _uninterrupted():
+        return importlib.import_module(module)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -87,7 +89,7 @@ def _compile(
     start = time.perf_counter()
     options["error_model"] = "numpy"
     try:
-        with _one_at_a_time, _cache_folder():
+        with _uninterrupted(), _one_at_a_time, _cache_folder():
             machine_code = compiler(signature, cache=True, **options)(function)
     except (OSError, RuntimeError) as error:  # a folder that cannot be written, a full disk
         warnings.warn(
@@ -99,6 +101,32 @@ def _compile(
         machine_code = compiler(signature, **options)(function)
     _log.info("%s ready in %.2f s", function.__qualname__, time.perf_counter() - start)
     return machine_code
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is done.
+
+    numba imports parts of itself as it compiles; one that is broken off half-way is registered twice at the
+    next try, and nothing compiles in this process any more.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def note(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
