@@ -29,21 +29,12 @@ def against_context(result: Result, path: Path) -> None:
         here = [row for row in rows if row["case"]["batch"] == batch]
         lengths = sorted({row["case"]["kv_len"] for row in here})
         for index, provider in enumerate(providers):
-            points = sorted(
+            points = [
                 (row["case"]["kv_len"], 100 * row["gbps"] / roof)
                 for row in here
                 if row["provider"] == provider
-            )
-            ours = provider.startswith("strobe:")
-            axis.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                color=colors[index % len(colors)],
-                linestyle="-" if ours else "--",
-                marker="o" if ours else "s",
-                markersize=4,
-                label=provider.removeprefix("strobe:"),
-            )
+            ]
+            plots.line(axis, points, provider, colors[index % len(colors)])
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [plots.short(n) for n in lengths])
         axis.minorticks_off()

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ def throughput(
     ours_s: list[float] = []
     for _ in range(runs):
         ours_s.append(_seconds(lambda: strobe.many(prompts, outputs)))
-        for batch, seconds in tries.items():
-            seconds.append(_seconds(lambda batch=batch: peer.many(prompts, outputs, batch)))  # type: ignore[misc, union-attr]
+        if peer is not None:
+            for batch, seconds in tries.items():
+                seconds.append(_seconds(partial(peer.many, prompts, outputs, batch)))
     case = subject.case(**load.sizes())
     total = sum(outputs)
     rows: list[Row] = [

@@ -52,15 +52,7 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
                 if row["provider"] == provider and row.get(field)
             ]
             if points:
-                ours = provider.startswith("strobe:")
-                axis.plot(
-                    *zip(*sorted(points), strict=True),
-                    color=colors[index % len(colors)],
-                    linestyle="-" if ours else "--",
-                    marker="o" if ours else "s",
-                    markersize=4,
-                    label=provider.removeprefix("strobe:"),
-                )
+                line(axis, points, provider, colors[index % len(colors)])
         axis.set_xscale("log", base=2)
         axis.set_yscale("linear" if field == speed[0] else "log")
         axis.set_xticks(lengths, [short(n) for n in lengths])
@@ -71,6 +63,21 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(title)
     write(figure, path, title)
+
+
+def line(axis: Any, points: Sequence[tuple[float, float]], provider: str, color: Any) -> None:
+    """A provider's points, none too: ours on a solid line, a peer's on a dashed one."""
+    ours = provider.startswith("strobe:")
+    ordered = sorted(points)
+    axis.plot(
+        [x for x, _ in ordered],
+        [y for _, y in ordered],
+        color=color,
+        linestyle="-" if ours else "--",
+        marker="o" if ours else "s",
+        markersize=4,
+        label=provider.removeprefix("strobe:"),
+    )
 
 
 def bars(rows: Sequence[Row], panels: Mapping[str, str], path: Path, title: str) -> None:

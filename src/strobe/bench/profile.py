@@ -153,11 +153,12 @@ def summary(spans: Sequence[Span], steps: int, case: dict[str, Any]) -> Profile:
             part.name = name
             part.calls += 1 / steps
             part.us += (span.end - span.start) / steps
-    busy, gaps, last = 0.0, [], ordered[0]
-    for span in ordered:
+    last, gaps = ordered[0], []
+    busy = last.end - last.start
+    for span in ordered[1:]:
         if span.start > last.end:
             gaps.append(Gap(span.start - last.end, last.name, span.name))
-        busy += max(0.0, span.end - max(span.start, last.end if span is not ordered[0] else span.start))
+        busy += max(0.0, span.end - max(span.start, last.end))
         last = max(last, span, key=lambda each: each.end)
     return Profile(
         case=case,

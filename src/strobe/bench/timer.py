@@ -145,18 +145,18 @@ def in_turns(clocks: Sequence[Clock], *, budget_ms: float = 200.0, most: int = 1
     A run that outlasts its budget by itself is timed once.
     """
     times: list[list[float]] = [[] for _ in clocks]
-    repeats = [_repeats(each, budget_ms, most) for each in clocks]
+    runs = [_runs_a_round(each, budget_ms, most) for each in clocks]
     order = list(range(len(clocks)))
     for turn in range(ROUNDS):
         random.shuffle(order)
         for index in order:
-            if repeats[index] or turn == 0:
-                times[index] += clocks[index].times(repeats[index] or 1)
+            if runs[index] or turn == 0:
+                times[index] += clocks[index].times(runs[index] or 1)
     return [Timing.of(found) for found in times]
 
 
-def _repeats(each: Clock, budget_ms: float, most: int) -> int:
-    """Runs a round; 0 where one run takes the whole budget."""
+def _runs_a_round(each: Clock, budget_ms: float, most: int) -> int:
+    """0 where one run takes the whole budget."""
     each.times(1)
     (once,) = each.times(1)
     if once >= budget_ms:
