@@ -118,7 +118,7 @@ class Rows:
         if packed is None:
             packed = len(set(counts)) > 1
         positions = [torch.arange(at, at + n) for at, n in zip(self.lengths, counts, strict=True)]
-        size = self.cache.page_size
+        size = self.cache.k.shape[2]
         slots = [
             self.table[row, where // size].long() * size + where % size for row, where in enumerate(positions)
         ]
