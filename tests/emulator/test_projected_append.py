@@ -53,7 +53,7 @@ def test_one_launch_or_two(tokens: int, head_norms: bool, monkeypatch: pytest.Mo
     if head_norms:
         ones = torch.ones(64).bfloat16()
         options = cache.Options(cache.HeadNorms(ones, ones, 1e6))  # which is 1 / 1000 for every head
-        case = replace(case, to=replace(case.to, options=options))
+        case = replace(case, to=case.to._replace(options=options))
     launched = []
     with emulated_gpu():
         kernel = jit.kernel

@@ -130,14 +130,13 @@ class Projection:
 
         Returns the queries, rotated, `[tokens, q_heads, head_dim]`. x, `kernel` and errors as in a call.
         """
-        kind, pages = self._kind, to.k_pages
-        heads = _heads(kind.problem.outputs, pages.shape[2:], pages.dtype, to.options.norms is not None)
-        problem, rung, fused = _plan(kernel, kind, x.shape, x.dtype, x.device, None, heads)
-        q_heads, kv_heads, head_dim = heads.q_heads, heads.kv_heads, heads.head_dim
+        pages, normed = to.k_pages, to.options.norms is not None
+        call = x.shape, x.dtype, x.device, pages.shape, pages.dtype, normed
+        (q_heads, kv_heads, head_dim), problem, rung, fused = _plan_append(kernel, self._kind, *call)
         if not fused:
             qkv = self(x, kernel=kernel).view(-1, q_heads + 2 * kv_heads, head_dim)
             qk, v = qkv.split_with_sizes((q_heads + kv_heads, kv_heads), 1)
-            return cache.append_rotated(qk, v, to.turn, pages, to.v_pages, to.slots, to.options)
+            return cache.append_rotated(qk, v, *to)
         if not x.is_contiguous():
             raise ProblemError("x is not contiguous; supported: a contiguous one")
         q = x.new_empty(problem.tokens, q_heads, head_dim)
@@ -247,14 +246,24 @@ def _plan(
 
 
 @lru_cache(maxsize=4096)
-def _heads(outputs: int, kv_shape: torch.Size, kv_dtype: torch.dtype, head_norms: bool) -> Append:
-    """What so many outputs are, given a cache of `kv_shape` (kv_heads, head_dim) a token."""
-    kv_heads, head_dim = kv_shape
+def _plan_append(
+    kernel: str,
+    kind: _Kind,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    pages_shape: torch.Size,
+    pages_dtype: torch.dtype,
+    head_norms: bool,
+) -> tuple[tuple[int, int, int], LinearProblem, ladder.Rung, bool]:
+    """What the outputs are, (q_heads, kv_heads, head_dim), then as `_plan`."""
+    outputs, (*_, kv_heads, head_dim) = kind.problem.outputs, pages_shape
     q_heads = outputs // head_dim - 2 * kv_heads
     if outputs % head_dim or q_heads < 1:
-        given = f"weight has {outputs} outputs, a cache's token {list(kv_shape)}"
+        given = f"weight has {outputs} outputs, a cache's token {[kv_heads, head_dim]}"
         raise ProblemError(f"{given}; supported: (q_heads + 2 kv_heads) head_dim outputs")
-    return Append(q_heads, kv_heads, head_dim, str(kv_dtype).removeprefix("torch."), head_norms)
+    heads = Append(q_heads, kv_heads, head_dim, str(pages_dtype).removeprefix("torch."), head_norms)
+    return (q_heads, kv_heads, head_dim), *_plan(kernel, kind, shape, dtype, device, None, heads)
 
 
 def _of(tensor: torch.Tensor) -> str:

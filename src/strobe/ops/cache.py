@@ -49,8 +49,7 @@ class Options:
     settled: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Destination:
+class Destination(NamedTuple):
     """Where the keys and values of one layer go, and what happens to heads on the way: the arguments of
     `append_rotated`."""
 
