@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_model
 
 from strobe.checkpoints import GenerationDefaults, load, meta
 from strobe.checkpoints.huggingface_config import model_config
@@ -26,6 +27,25 @@ def test_huggingface(tmp_path, formats, assert_equal_logits, files, tied):
     assert_equal_logits(found.model, theirs)
     assert found.tokenizer is None
     assert (found.config.tie_embeddings, found.name) == (tied, tmp_path.name)
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tied_weights_by_the_heads_name(tmp_path, formats, assert_equal_logits, family, files):
+    """safetensors' own `save_model` keeps the first of two names, and transformers reads what it leaves."""
+    theirs = formats.network(tied=True)
+    if family == "gpt2":
+        sizes = {"vocab_size": theirs.config.vocab_size, "n_embd": 32, "n_head": 2, "n_layer": 2}
+        config = transformers.GPT2Config(**sizes, n_positions=64)
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    save_model(theirs, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    if files > 1:
+        formats.split_safetensors(tmp_path, files)
+    found = load(tmp_path, device="cpu")
+    assert_equal_logits(found.model, theirs)
+    assert found.config.tie_embeddings
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

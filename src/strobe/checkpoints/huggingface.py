@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ HUB_FILES = (
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of tensor names that older checkpoints carry and that are computed, not learned."""
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "wte.weight")
 
 
 def holds(path: Path) -> bool:
@@ -64,16 +65,21 @@ def read(path: Path) -> Source:
 
 @dataclass(frozen=True, eq=False)
 class SafetensorsFile:
-    """One .safetensors file. `names` are the tensors that an index says it holds; None for all there are."""
+    """One .safetensors file.
+
+    `names` are the tensors that an index says it holds; None for all there are. `embedding_is_head`: a tied
+    network's one matrix goes by the head's name, as `safetensors.torch.save_model` leaves it.
+    """
 
     path: Path
     config: ModelConfig
     names: frozenset[str] | None = field(default=None, repr=False)
+    embedding_is_head: bool = False
 
     @cached_property
     def _header(self) -> dict[str, tuple[tuple[int, ...], str]]:
         with _open(self.path) as file:
-            slices = {name: file.get_slice(name) for name in file.keys() if not _ignored(name, self.config)}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys() if not self._ignored(name)}  # noqa: SIM118
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
     @property
@@ -95,13 +101,21 @@ class SafetensorsFile:
     def views(self, places: Places) -> Places:
         prefixed = self.names if self.names is not None else self._header
         prefix = "transformer." if any(name.startswith("transformer.") for name in prefixed) else ""
-        named = {(name if name == "lm_head.weight" else prefix + name): to for name, to in places.items()}
+        named = {(name if name == _HEAD else prefix + name): to for name, to in places.items()}
+        if self.embedding_is_head:
+            (embedding,) = (name for name in named if name.endswith(_EMBEDDINGS))
+            named[_HEAD] = named.pop(embedding)
         return {name: to for name, to in named.items() if self.names is None or name in self.names}
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         with _open(self.path) as file:
             for name in self._header:
                 yield name, file.get_tensor(name)
+
+    def _ignored(self, name: str) -> bool:
+        """Computed buffers, and the head that is its network's embedding."""
+        again = name == _HEAD and self.config.tie_embeddings and not self.embedding_is_head
+        return again or name.endswith(_BUFFERS)
 
 
 def _open(path: Path) -> Any:
@@ -112,8 +126,9 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _ignored(name: str, config: ModelConfig) -> bool:
-    return name.endswith(_BUFFERS) or (name == "lm_head.weight" and config.tie_embeddings)
+def _embedding_is_head(config: ModelConfig, names: Collection[str]) -> bool:
+    embedded = any(name.endswith(_EMBEDDINGS) for name in names)
+    return config.tie_embeddings and _HEAD in names and not embedded
 
 
 def _weight_files(path: Path, config: ModelConfig) -> list[SafetensorsFile]:
@@ -125,14 +140,16 @@ def _weight_files(path: Path, config: ModelConfig) -> list[SafetensorsFile]:
                 f"{path} holds no model.safetensors",
                 hint="pickled weights (.bin) are not read; save the model with safetensors",
             )
-        return [SafetensorsFile(single, config)]
+        with _open(single) as file:
+            return [SafetensorsFile(single, config, None, _embedding_is_head(config, file.keys()))]
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map")
     held: dict[Path, set[str]] = {}
     for name, file_name in weight_map.items():
         held.setdefault(inside(path, file_name), set()).add(name)
-    files = [SafetensorsFile(file, config, frozenset(names)) for file, names in sorted(held.items())]
+    is_head = _embedding_is_head(config, weight_map)
+    files = [SafetensorsFile(file, config, frozenset(names), is_head) for file, names in sorted(held.items())]
     _check_index(index_path, files, config)
     return files
 
@@ -141,6 +158,7 @@ def _check_index(path: Path, files: list[SafetensorsFile], config: ModelConfig) 
     """An index's files must between them hold every tensor, each once."""
     wanted = places(config, allocate(config, device="meta", dtype=torch.float32))
     found = {name.removeprefix("transformer.") for file in files for name in file.names or ()}
+    found |= set(_EMBEDDINGS) if files[0].embedding_is_head else set()
     if missing := [name for name in wanted if name not in found]:
         raise CheckpointError(f"{path} names no file for {missing[0]}")
 
