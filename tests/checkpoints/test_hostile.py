@@ -378,7 +378,9 @@ def test_truncated_pth(meta_folder, keep):
 def test_a_shard_too_few(meta_folder):
     (meta_folder / "consolidated.01.pth").unlink()
     refused(meta_folder, "consolidated.00.pth", "its config asks for")
-    (meta_folder / "consolidated.00.pth").unlink()
+    (meta_folder / "consolidated.00.pth").rename(meta_folder / "consolidated.01.pth")
+    refused(meta_folder, "lacks consolidated.00.pth")
+    (meta_folder / "consolidated.01.pth").unlink()
     refused(meta_folder, "no consolidated")
 
 

@@ -68,5 +68,6 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; supported: an object")
+        kind = "null" if value is None else type(value).__name__
+        raise CheckpointError(f"{path} holds a JSON {kind}; supported: an object")
     return value

@@ -65,6 +65,9 @@ def read(path: Path) -> Source:
     shards = sorted(path.glob("consolidated.*.pth"))
     if not shards:
         raise CheckpointError(f"{path} holds no consolidated.*.pth")
+    for index, shard in enumerate(shards):
+        if shard.name != (wanted := f"consolidated.{index:02}.pth"):
+            raise CheckpointError(f"{path} lacks {wanted}: {shard.name} is there")
     files = [PickledShard(shard, index, len(shards)) for index, shard in enumerate(shards)]
     params_path = path / "params.json"
     config = _config(params_path, read_json(params_path), files[0])
