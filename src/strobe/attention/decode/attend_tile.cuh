@@ -98,11 +98,6 @@ struct Queries {
   }
 };
 
-// tanh to float accuracy: tanh.approx is only good to 11 bits.
-__device__ __forceinline__ float tanh_exp2(float x) {
-  return 1.f - __fdividef(2.f, fast_exp2(x * (2.f * LOG2E)) + 1.f);
-}
-
 // The keys [first, end) that a column's query sees.
 struct Visible {
   int first[COLUMN_TILES][2], end[COLUMN_TILES][2];
@@ -155,7 +150,7 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
       for (int i = 0; i < 4; ++i) {
         float& x = scores[t][n][i];
         x += odd[t][n][i];
-        if (SOFTCAP) x = p.softcap_log2 * tanh_exp2(x * q.scale);
+        if (SOFTCAP) x = p.softcap_log2 * fast_tanh(x * q.scale);
         else x *= q.scale;
         if (MASKED) {
           const int at = key + t * 16 + lane / 4 + i / 2 * 8;

@@ -245,7 +245,8 @@ __device__ __forceinline__ void write(const Params& p, const Block& block, Warp&
 #if SINKS
       const float sink = p.sinks[row < block.rows ? head : 0] * LOG2E;
       const float top = fmaxf(log2_sum, sink);
-      const float with_sink = top == NEG_INF ? NEG_INF : top + fast_log2(fast_exp2(log2_sum - top) + fast_exp2(sink - top));
+      const float with_sink =
+          top == NEG_INF ? NEG_INF : top + fast_log2(fast_exp2(log2_sum - top) + fast_exp2(sink - top));
       if (sum != 0.0f) factor *= fast_exp2(log2_sum - with_sink);
       log2_sum = with_sink;
 #endif

@@ -154,7 +154,7 @@ struct Consumer : Results {
   __device__ __forceinline__ void cap_scores() {
     if (SOFTCAP) {
 #pragma unroll
-      for (int i = 0; i < K_TILE / 2; ++i) scores[i] = tanh_by_exp2(scores[i] * p.softcap_scale);
+      for (int i = 0; i < K_TILE / 2; ++i) scores[i] = fast_tanh(scores[i] * p.softcap_scale);
     }
   }
 

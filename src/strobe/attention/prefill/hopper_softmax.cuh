@@ -82,8 +82,3 @@ struct Softmax {
     lse = top * LN2 + __logf(total);
   }
 };
-
-// To float32 accuracy: the special-function unit's own tanh has 11 bits.
-__device__ __forceinline__ float tanh_by_exp2(float x) {
-  return 1.f - __fdividef(2.f, fast_exp2(x * (2.f * LOG2E)) + 1.f);
-}
