@@ -15,7 +15,15 @@ import torch
 
 from strobe.attention import dense
 from strobe.attention.plan import Run
-from strobe.attention.prefill.cuda_hopper_launch import ROWS, Launch, Maps, Params, readable
+from strobe.attention.prefill.cuda_hopper_launch import (
+    ROWS,
+    Launch,
+    Maps,
+    Params,
+    addresses_of,
+    contiguous_strides,
+    readable,
+)
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed
 from strobe.cuda import jit
 from strobe.device import gpu
@@ -139,7 +147,7 @@ def run(
     room = dense.aligned(out)
     lse_strides = (0, 0) if lse is None else lse.stride()
     launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tile or _chosen(problem, q))
-    launch(*_addresses(q, k, v, room, lse))
+    launch(*addresses_of(q, k, v, room, lse))
     if room is not out:
         out.copy_(room)
 
@@ -149,7 +157,7 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     anew = partial(run, problem)
     if not all(readable(x) for x in (q, k, v)):
         return anew
-    out_strides, lse_strides = _contiguous(problem, q)
+    out_strides, lse_strides = contiguous_strides(problem, q)
     launch, held = _packed(problem, q, k, v, out_strides, lse_strides, _chosen(problem, q))
     if held:  # copies of what the caller may rewrite
         return anew
@@ -157,22 +165,13 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     def call(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
-        addresses = _addresses(q, k, v, out, lse)
+        addresses = addresses_of(q, k, v, out, lse)
         if (addresses[0] | addresses[1] | addresses[2]) % 16:
             anew(q, k, v, out, lse)
         else:
             launch(*addresses)
 
     return call
-
-
-def _contiguous(problem: AttentionProblem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The strides of a contiguous out and lse."""
-    length, heads, dim = q.shape[-3:]
-    row = heads * dim
-    if problem.packed_q:
-        return (row, dim, 1), (length, 1)
-    return (length * row, row, dim, 1), (heads * length, length, 1)
 
 
 def _packed(
@@ -220,20 +219,6 @@ def _maps(
     if tile.bulk_store:
         return (*maps, Maps(q.dtype, q.shape, out_strides, ROWS))
     return maps
-
-
-def _addresses(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[int, int, int, int, int]:
-    """Where they stand; q's for keys where there are none (their map is never read), 0 for no lse."""
-    q_at = q.data_ptr()
-    return (
-        q_at,
-        k.data_ptr() or q_at,
-        v.data_ptr() or q_at,
-        out.data_ptr(),
-        lse.data_ptr() if lse is not None else 0,
-    )
 
 
 def defines(problem: AttentionProblem, tile: Tile) -> dict[str, jit.Define]:

@@ -110,6 +110,29 @@ class Launch:
             launch(stream)
 
 
+def contiguous_strides(problem: AttentionProblem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The strides of a contiguous out and lse."""
+    length, heads, dim = q.shape[-3:]
+    row = heads * dim
+    if problem.packed_q:
+        return (row, dim, 1), (length, 1)
+    return (length * row, row, dim, 1), (heads * length, length, 1)
+
+
+def addresses_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """What `Launch` is called with. No lse is 0; keys that are not there are q's, whose map is never read."""
+    q_at = q.data_ptr()
+    return (
+        q_at,
+        k.data_ptr() or q_at,
+        v.data_ptr() or q_at,
+        out.data_ptr(),
+        lse.data_ptr() if lse is not None else 0,
+    )
+
+
 class Maps:
     """Tensor maps of tensors that differ in nothing but their address.
 
