@@ -30,6 +30,16 @@ def test_text_to_stdout_and_timings_to_stderr(generate: Cli) -> None:
     assert len(outcome.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("to_compile", "at_a_terminal"), [(True, True), (True, False), (False, True)])
+def test_a_first_start_says_why_it_takes_longer(
+    generate: Cli, monkeypatch: pytest.MonkeyPatch, to_compile: bool, at_a_terminal: bool
+) -> None:
+    monkeypatch.setattr("strobe.cpu.jit.to_compile", lambda: to_compile)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: at_a_terminal)
+    told = "compiling kernels for this CPU" in generate("O").err
+    assert told == (to_compile and at_a_terminal)
+
+
 def test_echo_writes_the_prompt_first(generate: Cli) -> None:
     assert generate("hello", "--echo").out == "hello" + generate("hello").out
 

@@ -237,3 +237,13 @@ def test_another_thread_compiles_as_ever(interruptible: None) -> None:
     thread.start()
     thread.join()
     assert found == [kernel]
+
+
+def test_a_cache_that_holds_none_of_this_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path))
+    assert jit.to_compile()
+    for version in ("of another", jit._version()):
+        kept = tmp_path / "numba" / version / "linear_1" / "kernel.nbc"
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+        assert jit.to_compile() == (version == "of another")

@@ -91,7 +91,8 @@ def generate(
 
 def timings(metrics: Metrics) -> str:
     """One request's timings as a line for people."""
-    parts = [f"{metrics.prompt_tokens} prompt tokens", f"first token {1e3 * metrics.ttft_s:.1f} ms"]
+    prompt = f"{metrics.prompt_tokens} prompt token{'s' if metrics.prompt_tokens != 1 else ''}"
+    parts = [prompt, f"first token {1e3 * metrics.ttft_s:.1f} ms"]
     if metrics.tpot_s:
         parts += [f"then {1e3 * metrics.tpot_s:.2f} ms a token", f"{1 / metrics.tpot_s:.1f} tok/s"]
     return ", ".join([*parts, f"{metrics.output_tokens} tokens written"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from strobe import settings
 from strobe.cli import console
+from strobe.cpu import jit
 
 if TYPE_CHECKING:
     from strobe.engine import LLM, SamplingParams
@@ -25,13 +27,17 @@ def load(
 
     `engine` are fields of EngineConfig.
     """
-    from strobe.engine import LLM, EngineConfig
+    from strobe.engine import LLM, EngineConfig, SamplingParams
 
     chosen = settings.load(device=device, kernel=kernel, linear=linear)
     config = EngineConfig(attention_kernel=chosen.kernel, linear_kernel=chosen.linear, **engine)
     with console.bytes_progress("weights") as progress:
         llm = LLM(model, device=chosen.device, dtype=dtype, config=config, progress=progress)
     tell_memory(llm)
+    tell_compiling(llm)
+    if llm.engine.model.device.type == "cpu" and llm.engine.max_model_len > 2:
+        # on a GPU the engine does so itself: kernels are loaded before a first token is waited for
+        llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
     return llm
 
 
@@ -39,6 +45,12 @@ def tell_memory(llm: LLM) -> None:
     """Where a GPU's memory goes, on stderr; a host's is not planned as closely."""
     if llm.engine.model.device.type == "cuda":
         console.note(str(llm.engine.memory))
+
+
+def tell_compiling(llm: LLM) -> None:
+    """Why a first start takes longer, to who waits for it at a terminal."""
+    if sys.stderr.isatty() and llm.engine.model.device.type == "cpu" and jit.to_compile():
+        console.note("compiling kernels for this CPU, this once")
 
 
 def sampling(**flags: Any) -> dict[str, Any]:

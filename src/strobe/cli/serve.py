@@ -10,7 +10,7 @@ import typer
 
 from strobe import settings
 from strobe.cli import console, options
-from strobe.cli.load import tell_memory
+from strobe.cli.load import tell_compiling, tell_memory
 from strobe.errors import MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ def serve(
             llm = LLM(model, device=chosen.device, dtype=dtype, config=engine_config, progress=progress)
         with llm:
             tell_memory(llm)
+            tell_compiling(llm)
             _log(requests=log_requests, prompts=log_prompts)
             _warn(config)
             serve_llm(llm, config, bound, lambda: console.write(f"{llm.name} is served on {url_of(bound)}\n"))

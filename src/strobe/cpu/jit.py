@@ -47,6 +47,11 @@ def refusals() -> list[str]:
     return []
 
 
+def to_compile() -> bool:
+    """True where the cache holds no kernel of this version: the first calls take seconds, once."""
+    return not refusals() and next((folder() / _version()).rglob("*.nbc"), None) is None
+
+
 @cache
 def kernels(module: str) -> ModuleType:
     """The module of this name. Importing it compiles its kernels, or reads them from the cache."""
