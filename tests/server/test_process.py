@@ -71,7 +71,8 @@ def test_a_signal_drains(start) -> None:
 def test_a_second_signal_stops(start) -> None:
     process = start("--drain-timeout", "120")
     with httpx.stream("POST", f"{process.url}/v1/completions", json=MANY, timeout=60) as answer:
-        next(answer.iter_lines())
+        chunks = answer.iter_lines()  # kept: a client that drops it hangs up
+        next(chunks)
         for _ in range(2):
             process.popen.send_signal(signal.SIGTERM)
             time.sleep(0.3)
@@ -81,10 +82,19 @@ def test_a_second_signal_stops(start) -> None:
     assert process.end() == (0, "", "")
 
 
+def test_a_late_signal_kills_nothing(start) -> None:
+    process = start()
+    for _ in range(40):
+        process.popen.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert process.end() == (0, "", "")
+
+
 def test_the_drain_has_an_end(start) -> None:
     process = start("--drain-timeout", "1")
     with httpx.stream("POST", f"{process.url}/v1/completions", json=MANY, timeout=60) as answer:
-        next(answer.iter_lines())
+        chunks = answer.iter_lines()
+        next(chunks)
         process.popen.send_signal(signal.SIGINT)
         process.popen.wait(20)
     code, _, err = process.end()

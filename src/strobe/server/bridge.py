@@ -131,13 +131,18 @@ class EngineBridge:
 
     async def stop(self) -> None:
         """Drop what still runs and end the thread after the step it is in."""
-        self._stopping = True
-        self._wake.set()
         if self._expiry is not None:
             self._expiry.cancel()
         for live in list(self._live.values()):
             self._fail(live, stopping())
-        await asyncio.to_thread(self._thread.join, STALL_S)
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """End the thread after the step it is in: an interpreter that ends under a step aborts."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STALL_S)
 
     @property
     def healthy(self) -> bool:

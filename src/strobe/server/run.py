@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ SWITCH_S = 0.001
 """How long the engine's thread may keep the interpreter from the event loop's."""
 BACKLOG = 2048
 KEEP_ALIVE_S = 30
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Server(uvicorn.Server):
@@ -43,7 +45,8 @@ class _Server(uvicorn.Server):
 
 
 def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[[], object]) -> None:
-    """Serve until a signal says stop; `ready` is called once requests are answered.
+    """Serve until a signal says stop; `ready` is called once requests are answered. For the main thread of a
+    process that ends behind it, deaf to more signals.
 
     A first token is drawn before, so that no client waits for kernels to be compiled; and what is loaded by
     then is no garbage: to look through it again stops engine and event loop for 0.2 s.
@@ -53,8 +56,9 @@ def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[
     llm.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
     gc.collect()
     gc.freeze()
+    app = create_app(llm, config)
     options = uvicorn.Config(
-        create_app(llm, config),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -64,4 +68,12 @@ def serve(llm: LLM, config: ServerConfig, bound: socket.socket, ready: Callable[
         timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
         ws="none",
     )
-    _Server(options, ready).run([bound])
+    server = _Server(options, ready)
+    for each in _STOPS:
+        signal.signal(each, server.handle_exit)  # which uvicorn puts back at its end
+    try:
+        server.run([bound])
+    finally:
+        for each in _STOPS:
+            signal.signal(each, signal.SIG_IGN)
+        app.state.service.bridge.end()
