@@ -24,7 +24,7 @@ CASES = {"paged_decode", "paged_decode_mha", "paged_decode_mqa", "paged_page_1",
 
 def test_triton_split_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+        pytest.skip("needs Triton, which Linux alone has: pip install triton")
     program = Path(__file__).with_name("interpreted_decode.py")
     done = subprocess.run(
         [sys.executable, str(program)],

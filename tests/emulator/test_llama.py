@@ -8,27 +8,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from cuda_emulator import emulated_gpu
+from small_llama import CONFIG
 
 from strobe.attention.problem import Paged
 from strobe.cuda import jit
 from strobe.linear import projection
 from strobe.models import shapes
 from strobe.models.batch import Batch, KvTensors
-from strobe.models.config import ModelConfig
 from strobe.models.network import tensors
 
-CONFIG = ModelConfig(
-    architecture="llama",
-    layers=2,
-    hidden=136,
-    intermediate=200,
-    q_heads=4,
-    kv_heads=2,
-    head_dim=64,
-    vocab_size=301,
-    max_position=128,
-    norm_eps=1e-5,
-)
 PAGE, LENGTHS = 4, (7, 1, 18)
 
 

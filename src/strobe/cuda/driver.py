@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from strobe.cuda.bindings import load
 from strobe.cuda.cubin import Cubin
 from strobe.errors import DeviceError
 
@@ -19,16 +20,8 @@ def bindings() -> Any:
     Raises:
         DeviceError: they are not installed, or this machine has no driver.
     """
-    try:
-        from cuda.bindings import driver
-
-        driver.cuDriverGetVersion()
-    except (ImportError, RuntimeError) as error:
-        raise DeviceError(
-            f"the CUDA driver cannot be loaded: {' '.join(str(error).split())}",
-            hint="CUDA kernels need an NVIDIA GPU, its driver, and pip install 'strobe[gpu]'",
-        ) from error
-    return driver
+    hint = "CUDA kernels need an NVIDIA GPU, its driver, and pip install 'strobe[gpu]'"
+    return load("driver", "cuDriverGetVersion", "the CUDA driver", hint)
 
 
 def check(answer: tuple[Any, ...], doing: str) -> tuple[Any, ...]:

@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from strobe.cuda.bindings import load
 from strobe.cuda.cubin import Cubin
-from strobe.errors import CompileError, DeviceError
+from strobe.errors import CompileError
 
 INCLUDE = Path(__file__).parent / "include"
 
@@ -147,16 +148,8 @@ def _explain(program: Program, log: str) -> str:
 
 
 def _bindings() -> Any:
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as error:
-        raise DeviceError(
-            f"NVRTC cannot be loaded: {' '.join(str(error).split())}",
-            hint="pip install 'strobe[gpu]' brings cuda-bindings and nvidia-cuda-nvrtc",
-        ) from error
-    return nvrtc
+    hint = "pip install 'strobe[gpu]' brings cuda-bindings and nvidia-cuda-nvrtc"
+    return load("nvrtc", "nvrtcVersion", "NVRTC", hint)
 
 
 def _check(answer: tuple[Any, ...]) -> tuple[Any, ...]:

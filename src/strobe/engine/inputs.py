@@ -87,28 +87,30 @@ def padded(inputs: StepInputs, rows: int, page_size: int, first_word: int, nobod
     table[count:, 0] = nobody
     picks = inputs.picks if inputs.picks is not None else first_word + np.arange(count)
     return replace(
-        inputs,
-        token_ids=_filled(inputs.token_ids, rows, 0),
-        positions=_filled(inputs.positions, rows, 0),
-        slots=_filled(inputs.slots, rows, nobody * page_size),
-        page_table=table,
+        _with_more_tokens(inputs, rows, table, page_size, nobody),
         seq_lens=_filled(inputs.seq_lens, rows, 1),
         picks=np.concatenate([picks, first_word + np.arange(count, rows)]),
-        max_kv_len=table.shape[1] * page_size,
     )
 
 
 def padded_prompt(inputs: StepInputs, tokens: int, page_size: int, nobody: int) -> StepInputs:
     """Inputs of one row with more tokens, `tokens` in all: they belong to no row, and go to page `nobody`."""
-    table = _widened(inputs.page_table, 1)
+    return replace(
+        _with_more_tokens(inputs, tokens, _widened(inputs.page_table, 1), page_size, nobody),
+        cu_seqlens=np.array([0, len(inputs.token_ids)], dtype=np.int32),
+        max_q_len=tokens,
+    )
+
+
+def _with_more_tokens(
+    inputs: StepInputs, tokens: int, table: np.ndarray, page_size: int, nobody: int
+) -> StepInputs:
     return replace(
         inputs,
         token_ids=_filled(inputs.token_ids, tokens, 0),
         positions=_filled(inputs.positions, tokens, 0),
         slots=_filled(inputs.slots, tokens, nobody * page_size),
         page_table=table,
-        cu_seqlens=np.array([0, len(inputs.token_ids)], dtype=np.int32),
-        max_q_len=tokens,
         max_kv_len=table.shape[1] * page_size,
     )
 
