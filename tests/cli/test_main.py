@@ -157,7 +157,7 @@ def test_closed_streams(closed: str, code: int, told: str) -> None:
 def test_env_as_json_and_as_text(cli: Cli) -> None:
     found = json.loads(cli("env", "--json").out)
     assert found["strobe"] == strobe.__version__
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # some wheels name no build
     text = cli("env").out
     assert found["cpu"]["name"] in text
     for row in found["settings"]:
