@@ -103,46 +103,57 @@ def choose_shape(problem: LinearProblem, sm_count: int, shared_bytes: int) -> Sh
     """For a device of `sm_count` SMs whose blocks may have `shared_bytes`.
 
     Blocks are equal, a whole number of rounds of one an SM, or of two where two fit, each of up to `most`
-    tiles: larger ones read x less often, smaller ones leave a shorter tail and a deeper ring. 5 was the
-    best of 3 to 6 for up to 8 tokens, 8 of 4 to 10 for 16.
+    tiles: larger ones read x less often, smaller ones leave a shorter tail and a deeper ring. 6 was the
+    best of 3 to 6 for up to 4 tokens, 5 for 8, 8 of 4 to 10 for 16. Up to 4 tokens leave no SM with one
+    block of more than 3: two of half the size take 2 µs less of a layer's 110.
     """
     tokens = 1 << (problem.tokens - 1).bit_length()
+    few = tokens <= 4
     paired = problem.swiglu or problem.append is not None
     units, rows = (problem.outputs // 2, _ROWS // 2) if paired else (problem.outputs, _ROWS)  # all, a tile's
     tiles = -(-units // rows)
     squares = 4 * _WARPS * tokens  # their sums, where there is a norm: beside the rings
-    room = _room(problem, shared_bytes) - squares
-    shares_an_sm = 2 * room < shared_bytes
-    for most in (8, 5, 4, 3, 2, 1) if tokens > 8 else (5, 4, 3, 2, 1):
+    for most in (6, 5, 4, 3, 2, 1) if few else (5, 4, 3, 2, 1) if tokens == 8 else (8, 5, 4, 3, 2, 1):
         rounds = -(-tiles // (most * sm_count))
-        if rounds > 1 and shares_an_sm:
+        if few and most > 3 and rounds == 1:
+            continue
+        if rounds > 1 and tokens <= 8:
             rounds += rounds % 2
         each = -(-units // (rounds * sm_count))
         held = -(-each // rows)
-        stage = 16 * _STEPS * (32 * held + 4 * tokens + 4 * problem.norm)
-        stages = min(_STAGES_MAX, room // (_WARPS * stage))
+        stage = _WARPS * 16 * _STEPS * (32 * held + 4 * tokens + 4 * problem.norm)
+        room = _room(problem, shared_bytes, even=few and rounds > 1, share=stage * _stages(problem))
+        stages = min(_STAGES_MAX, (room - squares) // stage)
         if stages >= 2:
             break
     sums = 4 * _WARPS * problem.tokens * (_ROWS * held + 4)
-    taken = max(_WARPS * stages * stage, sums)
-    if problem.residual:
-        taken = max(taken, min(_room(problem, shared_bytes), shared_bytes - squares))
+    taken = max(stages * stage, sums)
+    if problem.residual and 2 * (room + _BLOCK_RESERVES) > shared_bytes:  # one an SM
+        taken = max(taken, min(room, shared_bytes - squares))
     return Shape(tokens, held, each, -(-units // each), stages, taken)
 
 
-def _room(problem: LinearProblem, shared_bytes: int) -> int:
+def _stages(problem: LinearProblem) -> int:
+    """That a warp goes through."""
+    return -(-problem.inputs // (_WARPS * _STEPS * 32))
+
+
+def _room(problem: LinearProblem, shared_bytes: int, *, even: bool, share: int) -> int:
     """Bytes for a block, so that the next kernel's fits beside it.
 
-    Those that add to a residual follow attention: of `cuda_paged`, which leaves an SM no room, the SM that is
-    free first would get two of them, another none. So they take more than half of it, and the others less: a
-    layer of Llama-3-8B takes 115 µs, and 128 where both take half. It is as little more as there is, since
+    Two blocks that fit on one SM may both be given to the one that is free first, and another gets none. That
+    costs nothing where there are two for each (`even`), or where a block's `share` of the weights is in its
+    ring before it waits. Else those that add to a residual take more than half of an SM, and the others less:
+    a layer of Llama-3-8B takes 115 µs, and 128 where both take half. It is as little more as there is, since
     `cuda_cluster` takes as little less for one row: they fit beside one another. With more than eight
     tokens deeper rings are worth more than an early start.
     """
     if problem.tokens > 8:
         return shared_bytes
     half = (shared_bytes + _BLOCK_RESERVES) // 2 - _BLOCK_RESERVES
-    return half + _GRAIN if problem.residual else half - 2 * _BLOCK_RESERVES
+    less = half - 2 * _BLOCK_RESERVES
+    spread = even or (problem.tokens <= 4 and share <= less)
+    return half + _GRAIN if problem.residual and not spread else less
 
 
 class _Heads(ctypes.Structure):
