@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2}
 """Files that take longer than the others, and among how many processes each is dealt."""
-OPS = ("test_cache_ops.py", "test_linear_rungs.py", "test_projected_append.py", "test_sampling.py")
-"""Tests of what is no rung of attention; the sanitizer watches them whole."""
+OPS = {"test_cache_ops": 1, "test_linear_rungs": 6, "test_projected_append": 3, "test_sampling": 1}
+"""Tests of what is no rung of attention, which the sanitizer watches whole: among how many processes."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
 
@@ -97,11 +97,12 @@ def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
         for rung in sanitized.rungs()
         for index in range(split)
     ]
-    for name in OPS:
-        file = ROOT / "tests" / "gpu" / name
-        if file.is_file() and not quick:
+    for name, parts in () if quick else OPS.items():
+        file = str(ROOT / "tests" / "gpu" / f"{name}.py")
+        for index in range(parts):
+            part = f"{index}/{parts}"
             # these capture graphs, in which nothing may be allocated but from torch's cache
-            programs.append((Path(name).stem, ("-m", "pytest", "-q", "-m", "gpu", str(file)), {}))
+            programs.append((f"{name} {part}", ("-m", "pytest", "-q", "-m", "gpu", file, "--part", part), {}))
     return [
         Part(
             f"{tool} {name}",

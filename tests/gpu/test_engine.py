@@ -103,7 +103,7 @@ def test_tokens_differ_between_modes_where_they_tie_only(model):
     answers = {}
     for name, mode in MODES.items():
         rng = random.Random(5)
-        requests = random_requests(rng, model, 30, logprobs=4)
+        requests = random_requests(rng, model, 30, logprobs=20)
         serve(Engine(model, None, replace(CONFIG, **mode)), requests, rng)
         answers[name] = [request.output().outputs[0] for request in requests]
     for name in ("overlap", "graphs"):

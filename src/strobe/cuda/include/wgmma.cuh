@@ -32,7 +32,9 @@ struct Wgmma;
 // Operand lists for the assembler: the accumulators are operands 0 .. N / 2 - 1, what follows is counted from there.
 #define STROBE_OUT8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define STROBE_O8 STROBE_OUT8(0)
 #define STROBE_O16 STROBE_OUT8(0), STROBE_OUT8(8)
+#define STROBE_O24 STROBE_O16, STROBE_OUT8(16)
 #define STROBE_O32 STROBE_O16, STROBE_OUT8(16), STROBE_OUT8(24)
 #define STROBE_O48 STROBE_O32, STROBE_OUT8(32), STROBE_OUT8(40)
 #define STROBE_O64 STROBE_O48, STROBE_OUT8(48), STROBE_OUT8(56)
@@ -40,7 +42,9 @@ struct Wgmma;
 #define STROBE_O96 STROBE_O80, STROBE_OUT8(80), STROBE_OUT8(88)
 #define STROBE_O112 STROBE_O96, STROBE_OUT8(96), STROBE_OUT8(104)
 #define STROBE_O128 STROBE_O112, STROBE_OUT8(112), STROBE_OUT8(120)
-#define STROBE_D16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define STROBE_D8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define STROBE_D16 STROBE_D8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define STROBE_D24 STROBE_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define STROBE_D32 STROBE_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define STROBE_D48 STROBE_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define STROBE_D64 STROBE_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -70,6 +74,9 @@ struct Wgmma;
   };
 #define STROBE_WGMMA_BOTH(N, ...) STROBE_WGMMA(bf16, "bf16", N, __VA_ARGS__) STROBE_WGMMA(f16, "f16", N, __VA_ARGS__)
 
+STROBE_WGMMA_BOTH(16, 8, "%8", "%9", "%10", "%11", "%12")
+STROBE_WGMMA_BOTH(32, 16, "%16", "%17", "%18", "%19", "%20")
+STROBE_WGMMA_BOTH(48, 24, "%24", "%25", "%26", "%27", "%28")
 STROBE_WGMMA_BOTH(64, 32, "%32", "%33", "%34", "%35", "%36")
 STROBE_WGMMA_BOTH(96, 48, "%48", "%49", "%50", "%51", "%52")
 STROBE_WGMMA_BOTH(128, 64, "%64", "%65", "%66", "%67", "%68")
