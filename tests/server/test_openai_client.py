@@ -282,6 +282,8 @@ def test_version_health_and_metrics(idle: LiveServer) -> None:
     with idle.http() as http:
         assert http.get("/version").json() == {"version": __version__}
         assert http.get("/health").json() == {"status": "ok"}
+        head = http.head("/health")
+        assert (head.status_code, head.content) == (200, b"")
     before = (
         idle.metric("strobe:generation_tokens_total"),
         idle.metric("strobe:e2e_request_latency_seconds_count"),

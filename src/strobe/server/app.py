@@ -116,6 +116,7 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
         """The text of token ids, special tokens included."""
         return JsonReply(_text(service, body), service.config.request_timeout_s)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: {"model": answers.Health}}, response_model=answers.Health)
     async def health() -> Response:
         """200 while the engine steps, 503 once it does not."""
