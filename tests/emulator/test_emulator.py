@@ -183,6 +183,46 @@ def test_blocks_may_wait_for_one_another(last_block_first: bool, tmp_path: Path)
     assert box.tolist() == [[1.0, 2.0], [1.0, 2.0]]
 
 
+PUSH = (
+    "__shared__ Barrier full;\n__shared__ float2 box;\nconst u32 other = 1 - cluster_rank();\n"
+    "{init}{meet}push(&box, make_float2(cluster_rank(), 7), full, other);\n{wait}"
+    "out[blockIdx.x] = box;\n"
+)
+PUSHES = {
+    "right": (
+        "full.init(1), full.arrive_expecting(8);\n",
+        "cluster_arrive(), cluster_wait();\n",
+        "full.wait(0);\n",
+        "",
+    ),
+    "no meeting": ("full.init(1), full.arrive_expecting(8);\n", "", "full.wait(0);\n", "not initialised"),
+    "no barrier": ("", "cluster_arrive(), cluster_wait();\n", "full.wait(0);\n", "not initialised"),
+    "no wait": (
+        "full.init(1), full.arrive_expecting(8);\n",
+        "cluster_arrive(), cluster_wait();\n",
+        "",
+        "which has ended",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUSHES)
+def test_pushes_to_another_block_of_the_cluster(case: str, tmp_path: Path) -> None:
+    init, meet, wait, message = PUSHES[case]
+    source, out = tmp_path / "push.cu", torch.zeros(2, 2)
+    body = PUSH.format(init=init, meet=meet, wait=wait)
+    headers = "".join(f'#include "{name}.cuh"\n' for name in ("cluster", "cluster_push"))
+    source.write_text(f'{headers}extern "C" __global__ void swap(float2* out) {{\n{body}}}\n')
+    with emulated_gpu():
+        launch = kernel.kernel(source, "swap").prepare(2, 1, [out], cluster=2)
+    if message:
+        with pytest.raises(EmulationError, match=message):
+            launch()
+        return
+    launch()
+    assert out.tolist() == [[1.0, 7.0], [0.0, 7.0]]
+
+
 def test_unwritten_shared_memory_is_not_a_number(tmp_path: Path) -> None:
     assert attempt(tmp_path, SHARED + "out[i] = x[i];").isnan().all()
 

@@ -71,7 +71,7 @@ class Paged:
 
     `settled` promises that the kernel just ahead in the stream writes none of `page_table`, `seq_lens`,
     `cu_seqlens_q` and the keys and values older than this call's queries: they may be read before it has
-    ended.
+    ended. Where that kernel is a settled attention itself, the one ahead of it writes none of them either.
 
     `scratch` belongs to the rungs: what one derives from the layout (host lengths, gather indices,
     split plans) is kept here under the rung's name, so that all layers of a forward pass share it.

@@ -374,4 +374,21 @@ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   });
 }
 
+// The work is the other block's: done when one of its threads looks.
+void push(void* p, const void* x, size_t bytes, uint64_t* barrier, uint32_t rank, Where where) {
+  const auto* const there = static_cast<Phase*>(remote_shared(barrier, 8, rank, where));
+  if (there->pending < 0) fail(where, "tells a barrier of block %u that is not initialised", rank);
+  if (uintptr_t(p) % bytes) fail(where, "a push of %zu bytes that is not aligned", bytes);
+  check_bounds(p, bytes, Access::STORE, where);
+  const auto* const first = static_cast<const unsigned char*>(x);
+  const std::vector<unsigned char> value(first, first + bytes);
+  block->cluster->blocks[rank]->deferred[barrier].push_back([=] {
+    check_access(p, bytes, Access::STORE, where);
+    memcpy(p, value.data(), bytes);
+    barrier_released(barrier);
+    bytes_came(barrier, bytes, where);
+  });
+  look(true, where);
+}
+
 }  // namespace emulator

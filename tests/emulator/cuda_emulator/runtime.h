@@ -90,6 +90,7 @@ uint32_t cluster_size();
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
 void* remote_shared(const void* p, size_t bytes, uint32_t rank, Where where);  // p's place in another block
+void push(void* p, const void* x, size_t bytes, uint64_t* barrier, uint32_t rank, Where where);
 
 // --- kernels -----------------------------------------------------------------------------------------
 

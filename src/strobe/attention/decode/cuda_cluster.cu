@@ -6,28 +6,52 @@
 //   2. stream   every warp keeps STAGES tiles on their way into its own ring (tile_stream.cuh)
 //   3. attend   on tensor cores, a group of heads sharing each key and value (attend_tile.cuh)
 //   4. gather   the block's warps add up their shares (docs/math.md, eq. 6)
-//   5. merge    the blocks read one another's sums in shared memory, each for its part of the output
+//   5. merge    each block has a part of the output: the others push their sums of it into its shared memory
 //
 // What a row gives depends on its own length and on the cluster's size, bit for bit, not on the batch it is
 // in. No block waits for another but those of its cluster, which run at the same time by CUDA's promise.
 //
 // Defines: as attend_tile.cuh (HEADS 1), BLOCKS (that an SM shall hold), WINDOWED (a window hides old keys).
 #include "cluster.cuh"
-#include "memory.cuh"
+#include "cluster_push.cuh"
 #include "reduce.cuh"
 #include "shares.cuh"
 
 constexpr int PARTS = 16;  // the most blocks of a cluster: as many lanes add up an item
+constexpr int TEAMS = THREADS / PARTS;
 
-// What a block knows of its segment: rows of `Item` order.
-struct Part {
-  float4 o[COLUMNS * (HEAD_DIM / 4)];
-  float2 ml[COLUMNS];
+// Dynamic shared memory: the warps' rings and in their place what the warps leave, Shared, Parts.
+constexpr int TILES_BYTES = WARPS * STAGES * 2 * TileShape::BYTES;
+constexpr int RINGS = TILES_BYTES > sizeof(Shares) ? TILES_BYTES : ceil_div(int(sizeof(Shares)), 16) * 16;
+
+struct alignas(16) Shared {
+  Barrier full[WARPS][STAGES];
+  Barrier told;  // of all blocks' sums of this block's items
 };
 
-struct Shared {
-  Shares shares;
-  Barrier full[WARPS][STAGES];
+// A segment's items, dealt to the blocks of the cluster TEAMS at a time, and room for what all blocks tell this one of
+// its own.
+struct Parts {
+  int items, blocks;
+  float4* o;   // shared [turns][TEAMS][blocks]
+  float2* ml;  // alike, behind as many turns as the block with the most has
+
+  __device__ __forceinline__ Parts(u8* shared, int rows) : items(Item::count(rows)), blocks(cluster_size()) {
+    o = reinterpret_cast<float4*>(shared);
+    ml = reinterpret_cast<float2*>(o + ceil_div(items, TEAMS * blocks) * TEAMS * blocks);
+  }
+  // What this block will be told.
+  __device__ __forceinline__ u32 bytes() const {
+    int own = 0;
+    for (int first = cluster_rank() * TEAMS; first < items; first += TEAMS * blocks) own += min(TEAMS, items - first);
+    return own * blocks * (sizeof *o + sizeof *ml);
+  }
+  __device__ __forceinline__ void tell(int item, const Sum& sum, Barrier& told) const {
+    const int turn = divide(item / TEAMS, blocks), rank = item / TEAMS - turn * blocks;
+    const int at = (turn * TEAMS + item % TEAMS) * blocks + cluster_rank();
+    push(o + at, sum.o, told, rank);
+    push(ml + at, make_float2(sum.m, sum.l), told, rank);
+  }
 };
 
 struct DealtTiles {
@@ -52,36 +76,28 @@ struct DealtTiles {
   }
 };
 
-// A block's warps added up, for the cluster to read.
-__device__ __forceinline__ void gather(const Shares& shares, const Rows& rows, Part& part) {
-  for (int i = threadIdx.x; i < Item::count(rows.count); i += THREADS) {
-    const Item at(i, rows.count);
-    const Sum sum = sum_warps(shares, at);
-    part.o[i] = sum.o;
-    if (at.dim == 0) part.ml[at.row] = make_float2(sum.m, sum.l);
-  }
+// Add up the block's warps, and tell each item's block.
+__device__ __forceinline__ void gather(const Shares& shares, const Parts& parts, const Rows& rows, Barrier& told) {
+  for (int i = threadIdx.x; i < parts.items; i += THREADS) parts.tell(i, sum_warps(shares, Item(i, rows.count)), told);
 }
 
-// Add up the blocks' parts. The items are dealt to the blocks; PARTS lanes take one, each the part of one block.
-__device__ __forceinline__ void merge(const Params& p, const Segment& s, const Rows& rows, const Part& part) {
-  constexpr int TEAMS = THREADS / PARTS;
-  const int rank = threadIdx.x % PARTS, team = threadIdx.x / PARTS, blocks = cluster_size();
-  const int items = Item::count(rows.count);
+// Add up what the blocks have told. PARTS lanes take an item, each the part of one block.
+__device__ __forceinline__ void merge(const Params& p, const Segment& s, const Rows& rows, const Parts& parts) {
+  const int rank = threadIdx.x % PARTS, team = threadIdx.x / PARTS;
 #pragma unroll 1
-  for (int first = cluster_rank() * TEAMS; first < items; first += blocks * TEAMS) {
-    const int i = first + team;
+  for (int turn = 0, first = cluster_rank() * TEAMS; first < parts.items; ++turn, first += parts.blocks * TEAMS) {
+    const int i = first + team, at = (turn * TEAMS + team) * parts.blocks + rank;
     Sum sum;
-    if (i < items && rank < blocks) {
-      const float2 ml = load_remote(&part.ml[i / (HEAD_DIM / 4)], rank);
-      sum.m = ml.x, sum.l = ml.y;
-      sum.o = load_remote(&part.o[i], rank);
+    if (i < parts.items && rank < parts.blocks) {
+      sum.m = parts.ml[at].x, sum.l = parts.ml[at].y;
+      sum.o = parts.o[at];
     }
     const float m = warp_max<PARTS>(sum.m), weight = fast_exp2(sum.m - m);
     sum.m = m;
     sum.l = warp_sum<PARTS>(sum.l * weight);
     sum.o.x = warp_sum<PARTS>(sum.o.x * weight), sum.o.y = warp_sum<PARTS>(sum.o.y * weight);
     sum.o.z = warp_sum<PARTS>(sum.o.z * weight), sum.o.w = warp_sum<PARTS>(sum.o.w * weight);
-    if (i < items && rank == 0) {
+    if (i < parts.items && rank == 0) {
       const Item at(i, rows.count);
       finish(p, s, rows, at.row, at.dim, sum);
     }
@@ -93,21 +109,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
                                                                      const __grid_constant__ TensorMap v_map,
                                                                      const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 dynamic[];
-  constexpr int RINGS = WARPS * STAGES * 2 * TileShape::BYTES;
-  static_assert(RINGS >= sizeof(Part), "a part takes the rings' place");
+  Shares& shares = *reinterpret_cast<Shares*>(dynamic);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic + RINGS);
   const int warp = threadIdx.x / 32, row = blockIdx.z;
   const int begin = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;  // the warp's tiles
   const int* const pages = p.page_table + i64(row) * p.table_stride;
 
+  // Under programmatic launch the kernel ahead may still run. Where it does so beside the one behind, too, that one may
+  // read early only what neither writes; its wait returns when this kernel has ended, which has waited itself.
+  if (SETTLED) grid_launch_dependents();
   if (threadIdx.x % 32 == 0) {
     for (int stage = 0; stage < STAGES; ++stage) shared.full[warp][stage].init(1);
+    if (warp == 0) shared.told.init(1);
     fence_barrier_init();
     prefetch(k_map);
     prefetch(v_map);
   }
   __syncwarp();
-  // Under programmatic launch the kernel ahead may still run.
+  cluster_arrive();
   if (!SETTLED) {
     grid_dependency_wait();
     grid_launch_dependents();
@@ -125,27 +144,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
   const Rows rows(s, p.row_blocks, 0);
   if (rows.count <= 0) {  // a packed row with fewer queries than others
     grid_dependency_wait();
+    cluster_wait();
     return;
   }
   const DealtTiles tiles{pages, p.table_columns, s.kv_len, s.q_len, rows.kv_head, first_tile, s.end, step};
   TileStream<DealtTiles> stream{tiles, k_map, v_map, dynamic + warp * STAGES * 2 * TileShape::BYTES,
                                 shared.full[warp], begin};
   stream.start();
-  if (SETTLED) {
-    grid_dependency_wait();
-    grid_launch_dependents();
-  }
+  const Parts parts(dynamic + RINGS + sizeof(Shared), rows.count);
+  if (threadIdx.x == 0) shared.told.arrive_expecting(parts.bytes());
+  cluster_wait();  // all blocks can be told
+  if (SETTLED) grid_dependency_wait();
 
   Queries q;
   State state;
   q.load(p, s, rows);
   state.reset();
   attend_tiles(p, stream, s.end, s, rows, q, state);
-  share(shared.shares, state, rows);
+  __syncthreads();  // no warp needs its ring any more
+  share(shares, state, rows);
   __syncthreads();
-  Part& part = *reinterpret_cast<Part*>(dynamic);
-  gather(shared.shares, rows, part);
-  cluster_sync();
-  merge(p, s, rows, part);
-  cluster_sync();  // nobody reads a part any more
+  gather(shares, parts, rows, shared.told);
+  shared.told.wait(0);
+  merge(p, s, rows, parts);
 }

@@ -54,7 +54,11 @@ class Shape(paged.Tiles):
     cluster: int = 16
 
     def shared_bytes(self) -> int:
-        return self.rings_bytes + self.shares_bytes
+        """The rings and in their place what the warps leave, barriers, what the blocks push."""
+        shares = 4 * self.warps * self.columns * (self.head_dim + 4 + 2)
+        barriers = 8 * (self.warps * self.stages + 1)
+        parts = 24 * paged.up(self.columns * self.head_dim // 4, self.cluster * 2 * self.warps)
+        return max(self.rings_bytes, paged.up(shares, 16)) + paged.up(barriers, 16) + parts
 
     def defines(self) -> dict[str, jit.Define]:
         return {**super().defines(), "BLOCKS": self.blocks, "WINDOWED": self.windowed}

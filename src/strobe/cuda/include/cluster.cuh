@@ -34,17 +34,6 @@ __device__ __forceinline__ u64 load_remote(const u64* p, u32 rank) {
       : "memory");
   return value;
 }
-__device__ __forceinline__ float2 load_remote(const float2* p, u32 rank) {
-  float2 x;
-  asm volatile(
-      "{\n.reg .b32 at;\n"
-      "mapa.shared::cluster.u32 at, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [at];\n}"
-      : "=f"(x.x), "=f"(x.y)
-      : "r"(shared_address(p)), "r"(rank)
-      : "memory");
-  return x;
-}
 __device__ __forceinline__ float4 load_remote(const float4* p, u32 rank) {
   float4 x;
   asm volatile(
@@ -63,7 +52,6 @@ __device__ __forceinline__ u32 cluster_rank() { return 0; }
 __device__ __forceinline__ u32 cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ u64 load_remote(const u64* p, u32) { return *p; }
-__device__ __forceinline__ float2 load_remote(const float2* p, u32) { return *p; }
 __device__ __forceinline__ float4 load_remote(const float4* p, u32) { return *p; }
 
 #endif
