@@ -7,26 +7,13 @@ import torch
 from cuda_emulator import emulated_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from projection_formula import formula
 
 from strobe.linear import Projection, cuda_skinny
 from strobe.linear.problem import LinearProblem
 from strobe.ops import activation, norm
 
 DTYPES = [torch.bfloat16, torch.float16]
-
-
-def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | None) -> torch.Tensor:
-    """In float64."""
-    x = x.double()
-    if projection.norm is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + projection.norm_eps).sqrt() * projection.norm.double()
-    out = x @ projection.weight.double().t()
-    if projection.bias is not None:
-        out = out + projection.bias.double()
-    if projection.swiglu:
-        gate, up = out.chunk(2, dim=-1)
-        out = gate / (1 + torch.exp(-gate)) * up
-    return out if residual is None else out + residual.double()
 
 
 @settings(max_examples=14)

@@ -77,6 +77,21 @@ def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | No
     return out if residual is None else out + residual.double()
 
 
+def check_fused(kernel: str, tokens: int, inputs: int, columns: int, around: str, dtype: torch.dtype) -> None:
+    """Against the formula; the first launch is an ordinary one, the others start ahead of their turn."""
+    torch.manual_seed(tokens + inputs)
+    projection = around_a_product(
+        inputs, columns, dtype, biased="bias" in around, normed="norm" in around, swiglu="swiglu" in around
+    )
+    x = (2 * torch.randn(tokens, inputs, device="cuda")).to(dtype)
+    residual = torch.randn(tokens, columns, device="cuda").to(dtype) if "residual" in around else None
+    want = formula(x, projection, residual)
+    given = [None if residual is None else residual.clone() for _ in range(3)]
+    first, *more = [projection(x, each, kernel=kernel) for each in given]
+    assert float((first.double() - want).abs().max()) <= EPSILON[dtype] * float(want.abs().max())
+    assert all(torch.equal(first, other) for other in more)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize(
@@ -93,17 +108,7 @@ def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | No
     ],
 )
 def test_skinny(inputs: int, columns: int, around: str, tokens: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(tokens + inputs)
-    projection = around_a_product(
-        inputs, columns, dtype, biased="bias" in around, normed="norm" in around, swiglu="swiglu" in around
-    )
-    x = (2 * torch.randn(tokens, inputs, device="cuda")).to(dtype)
-    residual = torch.randn(tokens, columns, device="cuda").to(dtype) if "residual" in around else None
-    want = formula(x, projection, residual)
-    given = [None if residual is None else residual.clone() for _ in range(3)]
-    first, *more = [projection(x, each, kernel="cuda_skinny") for each in given]
-    assert float((first.double() - want).abs().max()) <= EPSILON[dtype] * float(want.abs().max())
-    assert all(torch.equal(first, other) for other in more)
+    check_fused("cuda_skinny", tokens, inputs, columns, around, dtype)
 
 
 def mlp_chain(dtype: torch.dtype, layers: int = 12) -> list[tuple[Projection, Projection]]:
@@ -117,8 +122,28 @@ def mlp_chain(dtype: torch.dtype, layers: int = 12) -> list[tuple[Projection, Pr
     ]
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 13])
-def test_a_chain_equals_its_steps(tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [17, 61])
+@pytest.mark.parametrize(
+    ("inputs", "columns", "around", "dtype"),
+    [  # what stands around: bias, norm, swiglu, residual
+        (8, 4, "norm", torch.float16),
+        (520, 28, "bias norm swiglu residual", torch.float16),
+        (1032, 1028, "bias swiglu", torch.bfloat16),
+        (4096, 6144, "bias norm", torch.bfloat16),
+        (2048, 2048, "residual", torch.float16),
+        (4096, 11008, "norm swiglu", torch.bfloat16),
+        (14336, 4096, "residual", torch.bfloat16),
+        (2048, 128256, "norm", torch.bfloat16),
+    ],
+)
+def test_wgmma(inputs: int, columns: int, around: str, dtype: torch.dtype, tokens: int) -> None:
+    check_fused("cuda_wgmma", tokens, inputs, columns, around, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens"), [("cuda_skinny", 1), ("cuda_skinny", 8), ("cuda_skinny", 13), ("cuda_wgmma", 40)]
+)
+def test_a_chain_equals_its_steps(kernel: str, tokens: int) -> None:
     """Kernels that start before those ahead of them have ended read nothing too early."""
     torch.manual_seed(tokens)
     chain = mlp_chain(torch.bfloat16)
@@ -127,10 +152,10 @@ def test_a_chain_equals_its_steps(tokens: int) -> None:
     def run(wait: bool) -> torch.Tensor:
         state = x.clone()
         for gate_up, down in chain:
-            raised = gate_up(state, kernel="cuda_skinny")
+            raised = gate_up(state, kernel=kernel)
             if wait:
                 torch.cuda.synchronize()
-            down(raised, state, kernel="cuda_skinny")
+            down(raised, state, kernel=kernel)
             if wait:
                 torch.cuda.synchronize()
         return state
@@ -166,6 +191,13 @@ def test_skinny_refuses_by_name() -> None:
     x, weight = torch.ones(17, 12, device="cuda"), torch.ones(4, 12, device="cuda")
     with pytest.raises(KernelRefusedError, match=r"float32.*17 tokens; supported: up to 16; inputs 12"):
         Projection(weight)(x, kernel="cuda_skinny")
+
+
+def test_wgmma_refuses_by_name() -> None:
+    x, weight = torch.ones(65, 12, device="cuda"), torch.ones(6, 12, device="cuda")
+    reasons = r"float32.*65 tokens; supported: 17 to 64; inputs 12; .*; 6 columns of the result"
+    with pytest.raises(KernelRefusedError, match=reasons):
+        Projection(weight)(x, kernel="cuda_wgmma")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,6 +26,7 @@ import torch
 
 from strobe.cuda import jit
 from strobe.device import gpu
+from strobe.linear import cuda_call
 from strobe.linear.problem import Append, LinearProblem
 from strobe.linear.projection import Projection
 from strobe.ops import cache
@@ -194,8 +195,10 @@ class Packed:
     """
 
     def __init__(self, problem: LinearProblem, projection: Projection, *, programmatic: bool) -> None:
-        weight = _on_16_bytes(projection.weight)
-        norm = _on_16_bytes(projection.norm) if problem.norm and projection.norm is not None else None
+        weight = cuda_call.on_16_bytes(projection.weight)
+        norm = (
+            cuda_call.on_16_bytes(projection.norm) if problem.norm and projection.norm is not None else None
+        )
         self._constants = weight, norm
         device = gpu(weight.get_device())
         shape = choose_shape(problem, device.sm_count, device.shared_memory_per_block)
@@ -244,15 +247,7 @@ def run(
     out: torch.Tensor,
     to: cache.Destination | None = None,
 ) -> None:
-    key = ("cuda_skinny", problem.tokens, problem.norm, problem.swiglu, problem.residual, problem.append)
-    packed = projection.scratch.get(key)
-    if packed is not None:
-        packed(x, out, to)
-        return
-    overlaps = problem.arch >= 90
-    capturing = torch.cuda.is_current_stream_capturing()
-    Packed(problem, projection, programmatic=capturing and overlaps)(x, out, to)
-    projection.scratch[key] = Packed(problem, projection, programmatic=overlaps)
+    cuda_call.packed("cuda_skinny", Packed, problem, projection)(x, out, to)
 
 
 def append(
@@ -287,7 +282,3 @@ def sources(arch: str) -> list[jit.Source]:
         for problem in problems
         if not refusals(problem)
     ]
-
-
-def _on_16_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor

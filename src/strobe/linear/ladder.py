@@ -55,6 +55,7 @@ RUNGS = {
         "cuda_matmul_tiled",
         "cuda_gemv",
         "cuda_skinny",
+        "cuda_wgmma",
         "torch_linear",
         "batch_invariant",
         "torch_onednn",
@@ -63,7 +64,7 @@ RUNGS = {
 }
 """In teaching order."""
 
-FASTEST_FIRST = ("numba_tiled", "torch_onednn", "cuda_skinny", "torch_linear")
+FASTEST_FIRST = ("numba_tiled", "torch_onednn", "cuda_wgmma", "cuda_skinny", "torch_linear")
 """What `kernel="auto"` tries; the last refuses nothing."""
 
 
