@@ -1,8 +1,8 @@
 // FlashAttention forward for Hopper (docs/math.md, eq. 5). A block stays on its SM and draws works: tiles of queries,
 // CONSUMERS x 64 of one head at a time.
 //
-//   1. draw     one producer warp draws a work, longest first, and publishes it to the consumers (hopper_producer.cuh)
-//   2. load     it keeps the copy engine busy with q, keys and values, in the order in which they are used
+//   1. draw     a producer warp draws a work, longest first, and publishes it to the others (hopper_producer.cuh)
+//   2. load     it keeps the copy engine busy with q and keys, a second one with values
 //   3. score    a consumer warpgroup owns 64 of the queries: their scores, weights and output stand in its registers,
 //               and its products are issued when it is its turn (hopper_products.cuh)
 //   4. weigh    scores to weights, under products: another consumer's, and its own (hopper_softmax.cuh)
@@ -14,6 +14,8 @@
 //   - turns: only one consumer at a time issues matrix products, so that one's softmax runs under another's products;
 //   - a softmax that does not look for the maximum: weights are taken against an old one, and their sum tells whether
 //     that was near enough (it nearly always is); no comparisons, no shuffles, no rescaling of the output;
+//   - no branch by thread where a consumer runs on (arrive_if, store_if): else the compiler takes what is the same in all
+//     threads for each one's own, and moves q's descriptor to where a product wants it ahead of every product;
 //   - no gap between works: the next one's first scores are issued with this one's last output, and stored under;
 //   - longest works first, drawn late, heads in sections that fit L2;
 //   - the first work is found while the kernel ahead still runs, and its q and keys go ahead of all else.
@@ -40,7 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   grid_launch_dependents();
   if (threadIdx.x < 128) {
     shrink_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32) Producer{p, s, q, k, v}.run();
+    if (threadIdx.x < 32) KeyProducer(p, s, q, k).run();
+    else if (threadIdx.x < 64) ValueProducer(p, s, v).run();
   } else {
     grow_registers<CONSUMER_REGISTERS>();
     Consumer(p, s, out).run();

@@ -69,7 +69,7 @@ struct Consumer : Results {
   // window's left end. The bounds stay in shared memory: registers are short.
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
     // Three loops would spill there: one masks them all.
-    constexpr bool MASK_ALL = HEAD_DIM == 256 && HAS_LEFT && HAS_RIGHT && !FOREIGN_ROWS;
+    constexpr bool MASK_ALL = HEAD_DIM == 256 && HAS_LEFT && HAS_RIGHT;
     const KeyTiles& keys = work.keys_of(consumer);
     int n = keys.end - 2;
     if (HAS_RIGHT)

@@ -1,4 +1,4 @@
-// The producer: one warp that draws works and copies what they need.
+// The producers: one warp draws works and copies their q and keys, another their values.
 //
 // Defines: as cuda_hopper.cu.
 #pragma once
@@ -7,23 +7,80 @@
 #include "hopper_work.cuh"
 #include "tma.cuh"
 
-// Loads everything in the order in which the consumers use it: a key tile's scores are due before the output of the
-// key tile ahead of it, also from one tile of queries to the next.
+// What both do: copy key tiles, the last first.
 struct Producer {
   const Params& p;
   Shared& s;
-  const TensorMap &q, &k, &v;
   const int lane = threadIdx.x % 32;
-  Ring<STAGES> k_ring, v_ring;
-  Ring<Q_STAGES> q_ring;
+  Ring<STAGES> ring;  // of keys, or of values
   Ring<WORKS> work_ring;
 
   struct KeyRows {
     int kv_head, batch, start, len;
   };
-  KeyRows due_rows;
+
+  __device__ __forceinline__ Producer(const Params& p, Shared& s) : p(p), s(s) {}
+
+  __device__ __forceinline__ KeyRows rows_of(const Work& work) const {
+    return {work.head / p.group, work.batch, work.kv_start, work.kv_len};
+  }
+
+  // PAGED: where this lane's keys of key tile n stand, or -1. Asked for early: it takes as long as the copy.
+  __device__ __forceinline__ int page_of(const KeyRows& rows, int n) const {
+    const int key = n * K_TILE + lane * PAGE_ROWS;
+    if (!PAGED || lane >= K_TILE / PAGE_ROWS || key < 0 || key >= rows.len) return -1;
+    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE];
+  }
+
+  // Key tile n, in one copy or in one a page.
+  template <int TOGETHER>
+  __device__ __forceinline__ void load(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows, int n,
+                                       int page) {
+    if constexpr (PAGED) {
+      load_pages<TOGETHER>(tile, map, full, rows, n, page);
+    } else if (elect_lane()) {
+      full.arrive_expecting(KV_BYTES);
+      tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
+    }
+  }
+
+  // Panels of TOGETHER rows side by side. All page numbers first, then all copies, by one lane and with no branch: page
+  // by page it would take a warp longer than the products take. Page -1 is outside of the tensor: zeros, and no read.
+  template <int TOGETHER>
+  __device__ __forceinline__ void load_pages(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
+                                             int n, int page) {
+    constexpr int PAGES = K_TILE / PAGE_ROWS, AT_ONCE = PAGES < 4 ? PAGES : 4;
+#pragma unroll
+    for (int first = 0; first < PAGES; first += AT_ONCE) {
+      int at[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) at[i] = __shfl_sync(~0u, page, first + i);
+      if (elect_lane()) {
+        if (first == 0) full.arrive_expecting(KV_BYTES);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const int row = (first + i) * PAGE_ROWS, in_page = (n * K_TILE + row) % PAGE;
+          if constexpr (TOGETHER == PAGE_ROWS) {
+            tma_load(tile + row * HEAD_DIM, map, full, 0, in_page, 0, rows.kv_head, at[i]);
+          } else {
+#pragma unroll
+            for (int panel = 0; panel < PANELS; ++panel)
+              tma_load(tile + (panel * K_TILE + row) * PANEL, map, full, 0, in_page, panel, rows.kv_head, at[i]);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+};
+
+struct KeyProducer : Producer {
+  const TensorMap &q, &k;
+  Ring<Q_STAGES> q_ring;
   bool begun = false;  // what the first work begins with goes ahead of what it needs later
-  int due_tile = -1, due_page;  // of the values that are still to be loaded
+
+  __device__ __forceinline__ KeyProducer(const Params& p, Shared& s, const TensorMap& q, const TensorMap& k)
+      : Producer(p, s), q(q), k(k) {}
 
   __device__ __forceinline__ Work work_at(TileOrder::Tile tile) const {
     const auto [head, q_tile] = tile;
@@ -58,77 +115,26 @@ struct Producer {
     work_ring.advance();
   }
 
-  // What queries that see no key get. Consumers hear of works with keys alone: they hold one until they have the next.
+  // What queries that see no key get. Others hear of works with keys alone: consumers hold one until they have the next.
   __device__ __forceinline__ void store_nothing(const Work& work) {
     constexpr int CHUNKS = HEAD_DIM / 8;
     const int first = work.q_first_of(0), rows = min(Q_TILE, work.q_len - first);
+#pragma unroll 1
     for (int i = lane; i < rows * CHUNKS; i += 32) {
       scalar_t* const row = p.out_row(work, first + i / CHUNKS);
       reinterpret_cast<uint4*>(row)[i % CHUNKS] = make_uint4(0, 0, 0, 0);
     }
+#pragma unroll 1
     for (int i = lane; i < rows; i += 32) p.store_lse(work, first + i, SINKS ? p.sinks[work.head] : NEG_INF);
   }
 
   __device__ __forceinline__ void load_q(const Work& work, int c) {
     Barrier& full = s.q_full[q_ring.stage][c];
     s.q_empty[q_ring.stage][c].wait(q_ring.parity ^ 1);
-    if (lane == 0) {
+    if (elect_lane()) {
       full.arrive_expecting(Q_BYTES);
       const int row = work.q_start + work.q_first_of(c);
       tma_load(s.q[q_ring.stage][c], q, full, 0, row, 0, work.head, PACKED_Q ? 0 : work.batch);
-    }
-  }
-
-  __device__ __forceinline__ void load_k(const KeyRows& rows, int n, int page) {
-    s.k_empty[k_ring.stage].wait(k_ring.parity ^ 1);
-    load_keys<K_TILE>(s.k[k_ring.stage], k, s.k_full[k_ring.stage], rows, n, page);
-    k_ring.advance();
-  }
-
-  __device__ __forceinline__ void load_due_v() {
-    if (due_tile < 0) return;
-    s.v_empty[v_ring.stage].wait(v_ring.parity ^ 1);
-    load_keys<V_ROWS>(s.v[v_ring.stage], v, s.v_full[v_ring.stage], due_rows, due_tile, due_page);
-    v_ring.advance();
-  }
-
-  // PAGED: where this lane's keys of key tile n stand, if it has any. Asked for early: it takes as long as the copy.
-  __device__ __forceinline__ int page_of(const KeyRows& rows, int n) const {
-    const int key = n * K_TILE + lane * PAGE_ROWS;
-    if (!PAGED || lane >= K_TILE / PAGE_ROWS || key < 0 || key >= rows.len) return -1;
-    return p.page_table[i64(rows.batch) * p.pages_per_row + key / PAGE];
-  }
-
-  // Key tile n: in one copy, or page by page, panels of TOGETHER rows side by side. Pages past the row's length are not
-  // touched. One lane for all: the copies of lanes that differ would be issued in a loop that asks for the next lane.
-  template <int TOGETHER>
-  __device__ __forceinline__ void load_keys(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
-                                            int n, int page) {
-    if constexpr (!PAGED) {
-      if (lane == 0) {
-        full.arrive_expecting(KV_BYTES);
-        tma_load(tile, map, full, 0, rows.start + n * K_TILE, 0, rows.kv_head, PACKED_KV ? 0 : rows.batch);
-      }
-    } else {
-      const int first = n * K_TILE;
-      const int pages = min(K_TILE / PAGE_ROWS, ceil_div(rows.len - first, PAGE_ROWS));
-      if (lane == 0) full.arrive_expecting(pages * PAGE_ROWS * HEAD_DIM * 2);
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < K_TILE / PAGE_ROWS; ++i) {
-        const int at = __shfl_sync(~0u, page, i);
-        if (i < pages && elect_lane()) {
-          const int row = (first + i * PAGE_ROWS) % PAGE;
-          if constexpr (TOGETHER == PAGE_ROWS) {
-            tma_load(tile + i * PAGE_ROWS * HEAD_DIM, map, full, 0, row, 0, rows.kv_head, at);
-          } else {
-#pragma unroll
-            for (int panel = 0; panel < PANELS; ++panel)
-              tma_load(tile + (panel * K_TILE + i * PAGE_ROWS) * PANEL, map, full, 0, row, panel, rows.kv_head, at);
-          }
-        }
-      }
-      __syncwarp();
     }
   }
 
@@ -150,7 +156,6 @@ struct Producer {
         leave_counter(drawn, p.order.count());
       }
     }
-    load_due_v();
     Work none;
     none.head = -1;
     publish(none);
@@ -161,12 +166,12 @@ struct Producer {
     if (lane == 0 && drawn == tiles - 1) atomicExch(p.next_tile, 0);
   }
 
-  // A work and what it needs, but for its last values; returns what was drawn meanwhile.
+  // A work, its q and its keys; returns what was drawn meanwhile.
   __device__ __forceinline__ int load(const Work& work) {
     if (!KEYLESS || work.sees_keys()) publish(work);
     else store_nothing(work);
     if (!KEYLESS) grid_dependency_wait();  // consumers write what depends on loads alone, so they need not
-    const KeyRows rows = {work.head / p.group, work.batch, work.kv_start, work.kv_len};
+    const KeyRows rows = rows_of(work);
     const int begin = work.all_keys().begin, last = work.all_keys().end - 1;
     // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
     // a tile of the head that is in L2 now.
@@ -175,18 +180,50 @@ struct Producer {
     if (KEYLESS && !work.sees_keys()) drawn = draw();
     for (int n = last; n >= begin; --n) {
       if (n == last) load_q(work, 0);
-      load_k(rows, n, page);
+      s.k_empty[ring.stage].wait(ring.parity ^ 1);
+      Producer::load<K_TILE>(s.k[ring.stage], k, s.k_full[ring.stage], rows, n, page);
+      ring.advance();
       if (n == last) {
 #pragma unroll
         for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
         q_ring.advance();
-        if (!begun) s.q_full[0][CONSUMERS - 1].wait(0), begun = true;
+        if (!begun) {
+          s.q_full[0][CONSUMERS - 1].wait(0);
+          s.begun.arrive_if(lane == 0);
+          begun = true;
+        }
       }
       if (!FOLDED && n == draw_at) drawn = draw();
-      load_due_v();
-      due_tile = n, due_page = page, due_rows = rows;
       page = page_of(rows, n - 1);
     }
     return __shfl_sync(~0u, drawn, 0);
+  }
+};
+
+struct ValueProducer : Producer {
+  const TensorMap& v;
+
+  __device__ __forceinline__ ValueProducer(const Params& p, Shared& s, const TensorMap& v) : Producer(p, s), v(v) {}
+
+  __device__ __forceinline__ void run() {
+    grid_dependency_wait();
+    for (bool begun = false;; begun = true) {
+      const Work& work = s.work[work_ring.stage];
+      s.work_full[work_ring.stage].wait(work_ring.parity);
+      if (work.head < 0) return;
+      const KeyRows rows = rows_of(work);
+      const int begin = work.all_keys().begin;
+      int n = work.all_keys().end - 1, page = page_of(rows, n);
+      __syncwarp();
+      s.work_empty[work_ring.stage].arrive_if(lane == 0);
+      work_ring.advance();
+      if (!begun) s.begun.wait(0);
+      for (; n >= begin; --n) {
+        s.v_empty[ring.stage].wait(ring.parity ^ 1);
+        load<V_ROWS>(s.v[ring.stage], v, s.v_full[ring.stage], rows, n, page);
+        ring.advance();
+        page = page_of(rows, n - 1);
+      }
+    }
   }
 };

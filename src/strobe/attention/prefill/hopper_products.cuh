@@ -82,6 +82,7 @@ struct Products {
   __device__ __forceinline__ void clear_foreign_values() {
     constexpr int CHUNKS = PANEL / 8;
     scalar_t* const tile = s.v[v_ring.stage];
+#pragma unroll 1
     for (int i = v_rows * PANELS * CHUNKS + threadIdx.x % 128; i < K_TILE * PANELS * CHUNKS; i += 128) {
       const int panel = i / CHUNKS % PANELS;
       scalar_t* const row = tile + v_row(i / (CHUNKS * PANELS)) + panel * V_ROWS * PANEL;
@@ -118,7 +119,7 @@ struct Products {
     q_ring.advance();
   }
   __device__ __forceinline__ void release(Barrier& empty) {
-    if (lane() == 0) empty.arrive();
+    empty.arrive_if(lane() == 0);
   }
 
   // All warps of this consumer.

@@ -5,6 +5,7 @@
 
 #include "hopper_products.cuh"
 #include "hopper_softmax.cuh"
+#include "memory.cuh"
 #include "mma.cuh"
 #include "tma.cuh"
 
@@ -67,8 +68,7 @@ struct Results : Outgoing<BULK_STORE>, Products {
         for (int i = 0; i < 4; ++i)
           c[i] = pack<scalar_t>(out[4 * (j + i) + 2 * half] * inverse, out[4 * (j + i) + 2 * half + 1] * inverse);
         transpose_quad(c);
-        if (token < work.q_len)
-          *reinterpret_cast<uint4*>(row + 8 * (j + lane() % 4)) = make_uint4(c[0], c[1], c[2], c[3]);
+        store_if(token < work.q_len, row + 8 * (j + lane() % 4), make_uint4(c[0], c[1], c[2], c[3]));
       }
       if (lane() % 4 == 0) p.store_lse(work, token, lse);
     }

@@ -91,6 +91,7 @@ struct Shared {
   Barrier q_full[Q_STAGES][CONSUMERS], q_empty[Q_STAGES][CONSUMERS];
   Barrier k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   Barrier work_full[WORKS], work_empty[WORKS];
+  Barrier begun;  // what the first work begins with is there
   Work work[WORKS];
 
   __device__ __forceinline__ void init() {
@@ -100,7 +101,9 @@ struct Shared {
       k_full[i].init(1), k_empty[i].init(4 * CONSUMERS);
       v_full[i].init(1), v_empty[i].init(4 * CONSUMERS);
     }
-    for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS);
+    // a work is done with when the consumers are, and the producer of values has read it
+    for (int i = 0; i < WORKS; ++i) work_full[i].init(1), work_empty[i].init(4 * CONSUMERS + 1);
+    begun.init(1);
     fence_barrier_init();
   }
 };

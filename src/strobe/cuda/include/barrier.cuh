@@ -18,6 +18,15 @@ struct Barrier {
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory");
   }
+  // By predicate, where a branch would let the compiler doubt that a warp goes on together.
+  __device__ __forceinline__ void arrive_if(bool mine) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];\n}" ::"r"(address()),
+        "r"(u32(mine))
+        : "memory");
+  }
   // Arrive, and have this phase wait for `bytes` of bulk copies too.
   __device__ __forceinline__ void arrive_expecting(u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes)

@@ -1,4 +1,4 @@
-// Loads from global memory that say more than a plain one.
+// Loads and stores of global memory that say more than a plain one.
 #pragma once
 
 // 16 bytes that are read once: they do not stay in L1. Nobody writes them while the kernel runs.
@@ -23,4 +23,11 @@ __device__ __forceinline__ float2 load_relaxed(const float2* p) {
   float2 x;
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
   return x;
+}
+
+// By predicate, as Barrier::arrive_if.
+__device__ __forceinline__ void store_if(bool mine, void* p, uint4 x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.global.v4.b32 [%0], {%1, %2, %3, %4};\n}" ::"l"(p),
+               "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(mine))
+               : "memory");
 }

@@ -10,6 +10,9 @@ struct Barrier {
   u32 address() const { return shared_address(&state); }
   void init(int count, Where where = Where::current()) { emulator::barrier_init(word(), count, where); }
   void arrive(Where where = Where::current()) { emulator::barrier_arrive(word(), 0, where); }
+  void arrive_if(bool mine, Where where = Where::current()) {
+    if (mine) arrive(where);
+  }
   void arrive_expecting(u32 bytes, Where where = Where::current()) { emulator::barrier_arrive(word(), bytes, where); }
   bool passed(u32 parity, Where where = Where::current()) const {
     return emulator::barrier_passed(word(), parity, where);

@@ -8,3 +8,7 @@ T load_relaxed(const T* p, Where where = Where::current()) {
   emulator::look_at(p, sizeof(T), where);
   return *p;
 }
+
+inline void store_if(bool mine, void* p, uint4 x) {
+  if (mine) *static_cast<uint4*>(p) = x;
+}
