@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import strobe
-from strobe.attention import AttentionProblem, Packed, ladder
+from strobe.attention import AttentionProblem, Packed, Paged, ladder
 from strobe.attention.prefill import cuda_hopper
 from strobe.cuda import jit
 from strobe.linear import ladder as linear_ladder
@@ -24,6 +24,9 @@ TEACHING = {
     f"attention/prefill/cuda_{name}"
     for name in ("split", "fused_scalar", "fused_warp", "tensor_core", "dim_tiled", "split_kv")
 }
+SCORES: dict[str, Any] = {"softcap": 30.0, "sinks": (0.0,)}
+PACKED: dict[str, Any] = {"layout": Packed((), ())}
+PAGED: dict[str, Any] = {"layout": Paged(None, None), "page_size": 8}
 sources = pytest.mark.parametrize("source", SOURCES, ids=str)
 
 
@@ -67,12 +70,15 @@ def test_compiles_without_spills(source: Path, arch: str, record_property: pytes
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "layout"),
-    [*((head_dim, {}) for head_dim in cuda_hopper.HEAD_DIMS), (256, {"layout": Packed((), ())})],
+    ("head_dim", "features"),
+    [
+        *((head_dim, SCORES) for head_dim in cuda_hopper.HEAD_DIMS),
+        *((256, features) for features in (PACKED, PACKED | SCORES, PAGED | SCORES)),
+        (128, PAGED),
+    ],
 )
-def test_no_feature_of_the_hopper_rung_spills(head_dim: int, layout: dict[str, Any]) -> None:
-    features = {"window": (64, 32), "softcap": 30.0, "sinks": (0.0,)}
-    problem = AttentionProblem(1, 64, 64, 1, 1, head_dim, device="cuda", arch=90, **features, **layout)
+def test_no_feature_of_the_hopper_rung_spills(head_dim: int, features: dict[str, Any]) -> None:
+    problem = AttentionProblem(1, 64, 64, 1, 1, head_dim, window=(64, 32), device="cuda", arch=90, **features)
     source = jit.Source(cuda_hopper._SOURCE, cuda_hopper.defines(problem, cuda_hopper.TILES[head_dim]))
     assert jit.compile(*source, "sm_90a").resources()["attend"].spills == 0
 

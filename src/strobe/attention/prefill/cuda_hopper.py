@@ -29,7 +29,7 @@ from strobe.cuda import jit
 from strobe.device import gpu
 
 IDEA = (
-    "one warp copies in bulk; warpgroups take turns at the tensor cores, softmax under the other's products"
+    "two warps copy in bulk; warpgroups take turns at the tensor cores, softmax under the other's products"
 )
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
