@@ -57,7 +57,12 @@ def test_accepts_the_plain_problem(rung: object) -> None:
     [
         ({"batch": 1}, "cuda_cluster"),
         ({"batch": 1, "kv_len": 2048, "kv_dtype": "float8_e4m3fn"}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 2049}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 4096}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 4097}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 8192, "layout": Paged(None, None, settled=True)}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 8193, "layout": Paged(None, None, settled=True)}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 2048, "q_heads": 32, "kv_heads": 32}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 2049, "q_heads": 32, "kv_heads": 32}, "cuda_paged"),
         ({"batch": 2}, "cuda_paged"),
         ({"batch": 1, "q_len": 2}, "cuda_paged"),
         ({"batch": 1, "arch": 80}, "cuda_async"),

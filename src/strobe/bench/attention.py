@@ -25,6 +25,9 @@ _LARGE_BYTES = 2 << 30
 """Of a set this large, what the L2 cache keeps of the call before is nothing."""
 
 
+_SETTLED = "bench: the same layout, settled"
+
+
 @dataclass(frozen=True)
 class Provider:
     """A rung ("strobe:name") or a peer: what it refuses, and how to call it on given inputs."""
@@ -50,7 +53,8 @@ def of_rung(
     def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
         problem, out = inputs.problem, torch.full_like(inputs.q, float("nan"))
         if settled and isinstance(problem.layout, Paged):
-            problem = replace(problem, layout=replace(problem.layout, settled=True))
+            layout = problem.layout.scratch.setdefault(_SETTLED, replace(problem.layout, settled=True))
+            problem = replace(problem, layout=layout)
 
         def call() -> torch.Tensor:
             rung.module.run(problem, inputs.q, inputs.k, inputs.v, out, None, **options)
@@ -127,7 +131,7 @@ def measure_all(
             if row["checked"]:  # a wrong answer has no speed
                 clocks.append((row, provider))
         replayed = inputs.problem.device == "cuda" and (replay or inputs.problem.phase == "decode")
-        sets = [inputs, *(_more_inputs(case, dtype, inputs) if replayed else [])]
+        sets = [inputs, *(_more_inputs(inputs) if replayed else [])]
         turns = [_clock(provider, sets, replayed) for _, provider in clocks]
         timings = in_turns(turns, budget_ms=budget_ms)
         for (row, _), timing in zip(clocks, timings, strict=True):
@@ -159,11 +163,15 @@ def _figures(problem: AttentionProblem, timing: Timing) -> Row:
     }
 
 
-def _more_inputs(case: Case, dtype: str, inputs: Inputs) -> list[Inputs]:
-    """What replays rotate among, besides `inputs`."""
+def _more_inputs(inputs: Inputs) -> list[Inputs]:
+    """What replays rotate among, besides `inputs`: the same in other memory, but for the layout, which all
+    layers of a model share, and with it what a rung keeps there."""
     moved = max(inputs.problem.bytes(), 1)
     sets = -(-_CACHES_BYTES // moved) if moved < _CACHES_BYTES else 1 + (moved < _LARGE_BYTES)
-    return [case.inputs(torch_dtype(dtype), "cuda", seed) for seed in range(1, min(sets, 24))]
+    return [
+        Inputs(inputs.q.clone(), inputs.k.clone(), inputs.v.clone(), inputs.options)
+        for _ in range(1, min(sets, 24))
+    ]
 
 
 def _clock(provider: Provider, sets: Sequence[Inputs], replayed: bool) -> Clock:

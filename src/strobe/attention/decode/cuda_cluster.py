@@ -11,7 +11,7 @@ import torch
 
 from strobe.attention import paged
 from strobe.attention.paged_launch import PagedLaunch, Params
-from strobe.attention.problem import AttentionProblem
+from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cuda import jit
 
 IDEA = "a cluster of SMs a key head, its tiles dealt out, merged through distributed shared memory"
@@ -21,6 +21,8 @@ READS_SETTLED = True
 _SOURCE = Path(__file__).with_suffix(".cu")
 _KEYS_MOST = 2048
 _HALF_AN_SM = 113 * 1024
+_LARGEST = 16
+"""Blocks of a cluster."""
 _SMS = 128
 """That one row shall keep busy. Not the device's own number: a row's bits follow from the cluster's size."""
 
@@ -33,13 +35,21 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 
 def suits(problem: AttentionProblem) -> bool:
-    """One query of one row of up to 2k keys: 4.9 µs where `cuda_paged` takes 6.0 (1k keys, 32/8 heads), and
-    1.7 µs less a layer of Llama-3-8B. Eight such rows take 15 µs more, and 8k keys 3 (docs/log.md).
+    """One query of one row that is short.
+
+    Where each key head has 16 blocks, up to 4k keys, and 8k where the layout is `settled`: 32/8 heads take
+    3.8 µs at 1k, 7.5 at 4k (`cuda_paged` 10.7), 12.1 at 8k (12.8), but 23.6 at 16k (19.1). Else up to 2k: 32
+    key heads take 22.2 µs at 4k (17.8). Eight rows of 1k take 23.1 (11.7).
 
     Of a captured graph `kv_len` is what its page table has room for, so that the graph of a wider table may
     round otherwise.
     """
-    return problem.batch == problem.q_len == 1 and problem.kv_len <= _KEYS_MOST
+    if problem.batch > 1 or problem.q_len > 1:
+        return False
+    most = _KEYS_MOST
+    if choose_shape(problem).cluster == _LARGEST:
+        most *= 4 if isinstance(problem.layout, Paged) and problem.layout.settled else 2
+    return problem.kv_len <= most
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Shape(paged.Tiles):
 
     blocks: int = 2
     windowed: bool = False
-    cluster: int = 16
+    cluster: int = _LARGEST
 
     def shared_bytes(self) -> int:
         """The rings and in their place what the warps leave, barriers, what the blocks push."""
@@ -74,7 +84,7 @@ def choose_shape(problem: AttentionProblem) -> Shape:
 def _choose(shape: Shape, segments: int) -> Shape:
     """As many blocks a segment as one row needs to fill the GPU; as many stages as fit in half an SM for 4
     warps, or else in a whole one: the other half is for another row, or for the kernel behind."""
-    cluster = next(size for size in (16, 8, 4, 2, 1) if size * segments <= _SMS or size == 1)
+    cluster = next(size for size in (_LARGEST, 8, 4, 2, 1) if size * segments <= _SMS or size == 1)
     fitting = (
         replace(shape, warps=4, stages=stages, blocks=blocks, cluster=cluster)
         for blocks, room, fewest in ((2, _HALF_AN_SM, 2), (1, paged.SHARED_LIMIT, 1))

@@ -28,9 +28,7 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed
 from strobe.cuda import jit
 from strobe.device import gpu
 
-IDEA = (
-    "two warps copy in bulk; warpgroups take turns at the tensor cores, softmax under the other's products"
-)
+IDEA = "two warps copy in bulk; warpgroups take turns at the tensor cores, softmax under the other's products"
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 _SOURCE = Path(__file__).with_suffix(".cu")
