@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from strobe.attention import ladder
 from strobe.attention.cases import DECODE_BENCH
+from strobe.attention.problem import AttentionProblem, Paged
 from strobe.bench import engine_tables, tables
 from strobe.bench.attention import described
 from strobe.bench.decode import EXTRA
@@ -21,11 +23,40 @@ def _prefill(result: Result) -> str:
     )
 
 
+def _us(row: Row) -> str:
+    return tables.number(row["ms"] * 1e3) if row["checked"] else "WRONG"
+
+
+def _small(result: Result) -> str:
+    fastest = [{**row, "speed": 1 / row["ms"]} if "ms" in row else row for row in _peered(result.rows)]
+    table = tables.by_provider(fastest, _us, best="speed")
+    return f"Microseconds a call by CUDA-graph replay, {_dtype(result)}:\n\n{table}"
+
+
 def _decode(result: Result) -> str:
-    table = _microseconds(result, _peered(_standard_decode(result)))
-    if not any(row["provider"].endswith(" settled") for row in result.rows):
-        return table
-    return f"`settled`: as the engine runs it, a launch starts beside the end of the one ahead.\n\n{table}"
+    """What `auto` takes beside the peers."""
+    rows = _standard_decode(result)
+    ours = {
+        (tables.case_name(row["case"]), row["provider"]): {**row, "provider": provider}
+        for settled, provider in ((True, "strobe, settled"), (False, "strobe"))
+        for row in rows
+        if row["provider"] == f"strobe:{_taken(rows, row['case'], settled)}" + " settled" * settled
+    }
+    if not any(provider.endswith(" settled") for _, provider in ours):
+        return _microseconds(result, _peered(rows))
+    found = [*ours.values(), *(row for row in rows if not row["provider"].startswith("strobe:"))]
+    about = "`settled`: as the engine runs it, a launch starts beside the end of the one ahead."
+    return f"{about}\n\n{_microseconds(result, found)}"
+
+
+def _taken(rows: list[Row], case: dict[str, Any], settled: bool) -> str:
+    """Of the rungs that have a row for this case, the one that `auto` takes."""
+    sizes = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "dtype", "page_size")
+    layout = Paged(None, None, settled=settled)
+    problem = AttentionProblem(layout=layout, device="cuda", **{name: case[name] for name in sizes})
+    measured = {row["provider"] for row in rows if row["case"] == case}
+    rungs = (ladder.RUNGS[name] for name in ladder.FASTEST_FIRST["decode"])
+    return next(r.name for r in rungs if f"strobe:{r.name}" in measured and r.suits(problem))
 
 
 def _decode_ladder(result: Result) -> str:
@@ -113,7 +144,7 @@ def _linear(result: Result) -> str:
             lines.append([shape, name, "WRONG", "", "", ""])
             continue
         roof = min(ceilings["matmul_tflops"], ceilings["read_gbps"] * row["intensity"] * 1e-3)
-        figures = (f"{row[field]:.4g}" for field in ("ms", "tflops", "gbps"))
+        figures = (tables.number(row[field]) for field in ("ms", "tflops", "gbps"))
         lines.append([shape, name, *figures, f"{row['tflops'] / roof:.1%}"])
     head = ["tokens x inputs → outputs", "rung", "ms", "TFLOP/s", "GB/s", "of the roof"]
     return f"{ceilings['dtype']}:\n\n{tables.markdown(head, lines)}"
@@ -122,7 +153,7 @@ def _linear(result: Result) -> str:
 def _latency(result: Result) -> str:
     def line(row: Row) -> list[str]:
         figures = (
-            f"{row[name]:.4g}" for name in ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s")
+            tables.number(row[name]) for name in ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s")
         )
         return [row["case"]["model"], row["provider"], *figures]
 
@@ -137,7 +168,7 @@ def _throughput(result: Result) -> str:
     (p_low, p_high), (o_low, o_high) = case["prompt"], case["output"]
     about = f"{case['requests']} requests, prompts {p_low} to {p_high}, outputs {o_low} to {o_high}"
     lines = [
-        [row["case"]["model"], row["provider"], f"{row['tok_s']:.4g}", str(row.get("best_batch", "–"))]
+        [row["case"]["model"], row["provider"], tables.number(row["tok_s"]), str(row.get("best_batch", "–"))]
         for row in result.rows
     ]
     head = ["model", "", "output tok/s", "best batch size"]
@@ -153,7 +184,7 @@ def _engine_ladder(result: Result) -> str:
             lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", "", ""])
             continue
         over = "" if before is None else f"{row['tok_s'] / before:.2f}"
-        figures = [f"{row[field]:.4g}" for field in ("ttft_ms", "tok_s", "gbps")]
+        figures = [tables.number(row[field]) for field in ("ttft_ms", "tok_s", "gbps")]
         figures.append(f"{row['floor_percent']:.0f} %" if "floor_percent" in row else "–")
         lines.append([name, *kernels, *figures, over])
         before = row["tok_s"]
@@ -254,6 +285,7 @@ def _peered(rows: list[Row]) -> list[Row]:
 
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "prefill": ("prefill", _prefill),
+    "small": ("small", _small),
     "decode": ("decode", _decode),
     "decode_ladder": ("decode", _decode_ladder),
     "append": ("decode", _append),

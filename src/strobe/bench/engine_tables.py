@@ -31,7 +31,7 @@ def table(rows: Sequence[Row]) -> str:
     lines, shown = [], None
     for row in rows:
         model, case = model_name(row), case_name(row)
-        figures = ["–" if name not in row else f"{row[name]:.4g}" for name in FIGURES]
+        figures = ["–" if name not in row else tables.number(row[name]) for name in FIGURES]
         if row["checked"] is False:
             figures = ["WRONG", "", "", ""]
         elif "failed" in row:
@@ -50,7 +50,7 @@ def line(row: Row) -> str:
     told = f"{model_name(row)}, {case_name(row)}, {row['provider']}: "
     if "tok_s" not in row:
         return told + (f"failed: {row['failed']}" if "failed" in row else "WRONG")
-    told += f"{row['tok_s']:.4g} tok/s"
+    told += f"{tables.number(row['tok_s'])} tok/s"
     if "tpot_ms" in row:
         told += f", {row['tpot_ms']:.4g} ms a token, first after {row['ttft_ms']:.4g} ms"
     return told + (f", {row['floor_percent']:.0f} % of the floor" if "floor_percent" in row else "")

@@ -58,14 +58,19 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, rows)]) + "\n"
 
 
+def number(figure: float) -> str:
+    """Four digits, or all of them before the point: 0.7378, 23.05, 51,960."""
+    return f"{figure:,.0f}" if abs(figure) >= 1e4 else f"{figure:.4g}"
+
+
 def speed(field: str) -> Callable[[Row], str]:
     """A cell that shows a figure, or that the answer was wrong."""
-    return lambda row: f"{row[field]:.4g}" if row["checked"] else "WRONG"
+    return lambda row: number(row[field]) if row["checked"] else "WRONG"
 
 
 def memory(row: Row) -> str:
     """A cell of extra memory in MiB; "≤" where only a bound was measured."""
     if row["peak_bytes"] is not None:
-        return f"{row['peak_bytes'] / 2**20:.4g}"
+        return number(row["peak_bytes"] / 2**20)
     bound = row.get("peak_bytes_at_most")
-    return "–" if bound is None else f"≤ {bound / 2**20:.4g}"
+    return "–" if bound is None else f"≤ {number(bound / 2**20)}"
