@@ -40,11 +40,18 @@ class KvTensors:
         return tuple(zip(self.k, self.v, strict=True))
 
 
+_SEGMENT_STEP = 2 << 20
+"""Bytes in which torch's allocator asks a GPU for memory."""
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
+        # whole steps: what is left of one goes to small tensors, of which one that lives on keeps all of it
+        taken = -(-size // _SEGMENT_STEP) * _SEGMENT_STEP
+        return torch.zeros(taken, dtype=torch.uint8, device=device)[:size].view(dtype).view(shape)
     # NumPy asks the system for zeroed memory, which takes none until it is written
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, eq=False)
