@@ -89,10 +89,10 @@ def entries() -> list[Entry]:
 
 
 def clear() -> int:
-    """Delete every cached cubin; returns how many files went."""
+    """Delete every cached cubin, and what else is kept beside them; returns how many files went."""
     gone = 0
     for path in folder().glob("*"):
-        if path.suffix in (SUFFIX, ".tmp"):
+        if path.suffix in (SUFFIX, ".json", ".tmp"):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 gone += 1

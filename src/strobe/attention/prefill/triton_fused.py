@@ -48,7 +48,7 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    from strobe.attention.prefill.triton_fused_kernel import TensorDescriptor, attend
+    from strobe.attention.prefill.triton_fused_kernel import TensorDescriptor, launch
 
     if not k.numel():
         out.zero_()
@@ -64,7 +64,9 @@ def run(
     def grid(config: dict[str, int]) -> tuple[int, int]:
         return -(-problem.q_len // config["Q_TILE"]), problem.batch * problem.q_heads
 
-    attend[grid](
+    launch(
+        grid,
+        out.get_device(),
         *described,
         out,
         # of lse's dtype also where there is none: the tuner tells problems apart by dtypes too

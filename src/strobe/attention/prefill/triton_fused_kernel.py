@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -10,8 +14,9 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from strobe import device
+from strobe.attention import triton_tuned
 
-__all__ = ["TensorDescriptor", "attend"]
+__all__ = ["TensorDescriptor", "attend", "launch"]
 
 
 def _set_blocks(arguments: dict[str, Any]) -> None:
@@ -34,7 +39,8 @@ _CONFIGS = [
     _config(128, 64, 8, 2),
     _config(64, 32, 4, 2),
 ]
-"""Timed at the first call of each kind. On an H200 the first wins at head_dim 128, the second at 64."""
+"""The first two that fit are timed at the first call of each kind: compiling one takes 0.5 to 1 s. On an H200
+the first wins at head_dim 128, the second at 64."""
 if knobs.runtime.interpret:  # nothing to time
     _CONFIGS = [_config(32, 32, 4, 1)]
 
@@ -42,14 +48,14 @@ if knobs.runtime.interpret:  # nothing to time
 def _fitting(
     configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """Those whose tiles of 16-bit elements fit shared memory: the others are not worth compiling."""
+    """Two whose tiles of 16-bit elements fit shared memory."""
     room = device.gpu(arguments["out"].get_device()).shared_memory_per_block
 
     def taken(config: triton.Config) -> int:
         tiles = config.kwargs
         return 2 * constants["HEAD_DIM"] * (tiles["Q_TILE"] + 2 * config.num_stages * tiles["K_TILE"])
 
-    return [config for config in configs if taken(config) <= room]
+    return list(islice((config for config in configs if taken(config) <= room), 2))
 
 
 @triton.jit
@@ -140,3 +146,24 @@ def attend(
         natural = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
         lse_at = lse + head * lse_head_stride + (q_row if PACKED else batch.to(tl.int64) * lse_batch_stride)
         tl.store(lse_at + row, natural, mask=valid)
+
+
+def launch(
+    grid: Callable[[dict[str, int]], tuple[int, int]], gpu: int, *arguments: Any, **constants: Any
+) -> None:
+    """`attend` on a GPU, or interpreted; what the tuner chooses is kept for other processes."""
+    if len(attend.configs) == 1:
+        attend[grid](*arguments, **constants)
+        return
+    path, known = _choices(gpu), len(attend.cache)
+    attend[grid](*arguments, **constants)
+    if len(attend.cache) > known:
+        triton_tuned.keep(attend, path)
+
+
+@cache
+def _choices(gpu: int) -> Path:
+    """Where those for this GPU are kept; the tuner has been given them."""
+    path = triton_tuned.path_of(attend, device.gpu(gpu).name)
+    triton_tuned.recall(attend, path)
+    return path
