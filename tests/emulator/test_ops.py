@@ -27,15 +27,18 @@ def test_softmax(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
-def test_norm_and_swiglu(dtype: torch.dtype) -> None:
-    x, weight = (torch.randn(5, 328) + 1).to(dtype), torch.randn(328).to(dtype)
+@pytest.mark.parametrize("columns", [8, 328, 1000, 4096])
+def test_norm_and_swiglu(columns: int, dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(5, columns) + 1).to(dtype), torch.randn(columns).to(dtype)
+    gate_up = (3 * torch.randn(3, 2 * columns)).to(dtype)
     with emulated_gpu():
-        normed, gated = norm.rms_norm(x, weight, 1e-5), activation.swiglu(x)
-        plain = norm.rms_norm(x[:, :327].contiguous(), weight[:327], 1e-5)  # no whole vectors: torch runs it
+        normed = norm.rms_norm(x, weight, 1e-5, kernel="cuda")
+        gated = activation.swiglu(gate_up, kernel="cuda")
+        plain = norm.rms_norm(x[:, 1:].contiguous(), weight[1:], 1e-5)  # no whole vectors: torch runs it
     close = {"rtol": 4 * EPSILON[dtype], "atol": 4 * EPSILON[dtype]}
     torch.testing.assert_close(normed, norm.rms_norm_reference(x, weight, 1e-5), **close)
-    torch.testing.assert_close(gated, activation.swiglu_reference(x), **close)
-    torch.testing.assert_close(plain, norm.rms_norm_reference(x[:, :327], weight[:327], 1e-5), **close)
+    torch.testing.assert_close(gated, activation.swiglu_reference(gate_up), **close)
+    torch.testing.assert_close(plain, norm.rms_norm_reference(x[:, 1:], weight[1:], 1e-5), **close)
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from projection_formula import around_a_product, formula
 
 from strobe.errors import KernelRefusedError
 from strobe.linear import Projection
@@ -50,39 +51,11 @@ def test_gemv_refuses_by_name() -> None:
         Projection(weight)(x, kernel="cuda_gemv")
 
 
-def around_a_product(
-    inputs: int, columns: int, dtype: torch.dtype, *, biased: bool, normed: bool, swiglu: bool
-) -> Projection:
-    rows = 2 * columns if swiglu else columns
-    return Projection(
-        (torch.randn(rows, inputs, device="cuda") * inputs**-0.5).to(dtype),
-        bias=torch.randn(rows, device="cuda").to(dtype) if biased else None,
-        norm=(torch.rand(inputs, device="cuda") + 0.5).to(dtype) if normed else None,
-        norm_eps=1e-5,
-        swiglu=swiglu,
-    )
-
-
-def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | None) -> torch.Tensor:
-    """In float64."""
-    x = x.double()
-    if projection.norm is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + projection.norm_eps).sqrt() * projection.norm.double()
-    out = x @ projection.weight.double().t()
-    if projection.bias is not None:
-        out = out + projection.bias.double()
-    if projection.swiglu:
-        gate, up = out.chunk(2, dim=-1)
-        out = gate / (1 + torch.exp(-gate)) * up
-    return out if residual is None else out + residual.double()
-
-
 def check_fused(kernel: str, tokens: int, inputs: int, columns: int, around: str, dtype: torch.dtype) -> None:
     """Against the formula; the first launch is an ordinary one, the others start ahead of their turn."""
     torch.manual_seed(tokens + inputs)
-    projection = around_a_product(
-        inputs, columns, dtype, biased="bias" in around, normed="norm" in around, swiglu="swiglu" in around
-    )
+    wanted = {"biased": "bias" in around, "normed": "norm" in around, "swiglu": "swiglu" in around}
+    projection = around_a_product(inputs, columns, dtype, **wanted, device="cuda")
     x = (2 * torch.randn(tokens, inputs, device="cuda")).to(dtype)
     residual = torch.randn(tokens, columns, device="cuda").to(dtype) if "residual" in around else None
     want = formula(x, projection, residual)
@@ -115,8 +88,8 @@ def mlp_chain(dtype: torch.dtype, layers: int = 12) -> list[tuple[Projection, Pr
     """Small projections, so that many of them are under way at a time."""
     return [
         (
-            around_a_product(512, 1536, dtype, biased=False, normed=True, swiglu=True),
-            around_a_product(1536, 512, dtype, biased=False, normed=False, swiglu=False),
+            around_a_product(512, 1536, dtype, biased=False, normed=True, swiglu=True, device="cuda"),
+            around_a_product(1536, 512, dtype, biased=False, normed=False, swiglu=False, device="cuda"),
         )
         for _ in range(layers)
     ]
@@ -177,7 +150,7 @@ def test_skinny_on_a_second_gpu() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     torch.manual_seed(0)
-    first = around_a_product(1024, 512, torch.bfloat16, biased=True, normed=True, swiglu=False)
+    first = around_a_product(1024, 512, torch.bfloat16, biased=True, normed=True, swiglu=False, device="cuda")
     second = Projection(
         *(x.to("cuda:1") for x in (first.weight, first.bias, first.norm) if x is not None), norm_eps=1e-5
     )

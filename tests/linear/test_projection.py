@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from projection_formula import formula
 
 from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 from strobe.linear import Projection, empty_weight, ladder, torch_onednn
@@ -17,20 +18,6 @@ SIZES = st.integers(1, 70)
 
 
 ON_CPU = [name for name in ladder.RUNGS if not name.startswith("cuda_")]
-
-
-def formula(x: torch.Tensor, projection: Projection, residual: torch.Tensor | None) -> torch.Tensor:
-    """In float64."""
-    x = x.double()
-    if projection.norm is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + projection.norm_eps).sqrt() * projection.norm.double()
-    out = x @ projection.weight.double().t()
-    if projection.bias is not None:
-        out = out + projection.bias.double()
-    if projection.swiglu:
-        gate, up = out.chunk(2, dim=-1)
-        out = gate / (1 + torch.exp(-gate)) * up
-    return out if residual is None else out + residual.double()
 
 
 @pytest.mark.parametrize("kernel", ["auto", *ON_CPU])

@@ -41,3 +41,25 @@ def packed(rung: str, pack: Callable[..., Any], problem: LinearProblem, projecti
 def on_16_bytes(tensor: _MaybeTensor) -> _MaybeTensor:
     """The tensor, or a copy of one that begins between multiples of 16 bytes."""
     return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def constants(
+    problem: LinearProblem, projection: Projection
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Weight, bias and norm as this problem has them, each from a multiple of 16 bytes on."""
+    norm = projection.norm if problem.norm else None
+    return on_16_bytes(projection.weight), on_16_bytes(projection.bias), on_16_bytes(norm)
+
+
+def parameters(
+    problem: LinearProblem, projection: Projection, bias: torch.Tensor | None, each: int
+) -> dict[str, Any]:
+    """The fields that the `Params` of cuda_skinny.cu and cuda_wgmma.cu share."""
+    return {
+        "bias": None if bias is None else bias.data_ptr(),
+        "tokens": problem.tokens,
+        "inputs": problem.inputs,
+        "each": each,
+        "residual": problem.residual,
+        "norm_eps": projection.norm_eps,
+    }

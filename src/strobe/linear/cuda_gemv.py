@@ -29,11 +29,7 @@ def refusals(problem: LinearProblem) -> list[str]:
 
 
 def run(problem: LinearProblem, x: torch.Tensor, projection: Projection, out: torch.Tensor) -> None:
-    if x.data_ptr() % 16:
-        x = x.clone()
-    weight = projection.weight
-    if weight.data_ptr() % 16:
-        weight = weight.clone()
+    x, weight = cuda_call.on_16_bytes(x), cuda_call.on_16_bytes(projection.weight)
     multiply = jit.kernel(_SOURCE, "multiply", _defines(problem.dtype, problem.tokens), x.get_device())
     sizes = (ctypes.c_int(problem.inputs), ctypes.c_int(problem.outputs))
     multiply(-(-problem.outputs // (_WARPS * _ROWS)), 32 * _WARPS, [x, weight, projection.bias, out, *sizes])

@@ -195,23 +195,14 @@ class Packed:
     """
 
     def __init__(self, problem: LinearProblem, projection: Projection, *, programmatic: bool) -> None:
-        weight = cuda_call.on_16_bytes(projection.weight)
-        norm = (
-            cuda_call.on_16_bytes(projection.norm) if problem.norm and projection.norm is not None else None
-        )
-        self._constants = weight, norm
+        self._constants = weight, bias, norm = cuda_call.constants(problem, projection)
         device = gpu(weight.get_device())
         shape = choose_shape(problem, device.sm_count, device.shared_memory_per_block)
         self._params = _Params(
             weight=weight.data_ptr(),
-            bias=None if projection.bias is None else projection.bias.data_ptr(),
             norm=None if norm is None else norm.data_ptr(),
-            tokens=problem.tokens,
-            inputs=problem.inputs,
             outputs=problem.outputs,
-            each=shape.each,
-            residual=problem.residual,
-            norm_eps=projection.norm_eps,
+            **cuda_call.parameters(problem, projection, bias, shape.each),
         )
         if problem.append is not None:
             self._params.heads.q_heads = problem.append.q_heads
@@ -229,12 +220,9 @@ class Packed:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, to: cache.Destination | None = None) -> None:
         """x and out as `LinearProblem` has them; `to` where it appends."""
-        address = x.data_ptr()
-        if address % 16:
-            x = x.clone()
-            address = x.data_ptr()
+        x = cuda_call.on_16_bytes(x)
         with self._lock:
-            self._params.x, self._params.out = address, out.data_ptr()
+            self._params.x, self._params.out = x.data_ptr(), out.data_ptr()
             if to is not None:
                 self._params.heads.point(to)
             self._launch()

@@ -147,20 +147,11 @@ class Packed:
     """
 
     def __init__(self, problem: LinearProblem, projection: Projection, *, programmatic: bool) -> None:
-        weight, bias = cuda_call.on_16_bytes(projection.weight), cuda_call.on_16_bytes(projection.bias)
-        norm = cuda_call.on_16_bytes(projection.norm) if problem.norm else None
-        self._constants = weight, bias, norm
+        self._constants = weight, bias, norm = cuda_call.constants(problem, projection)
         device = gpu(weight.get_device())
         shape = choose_shape(problem, device.sm_count, device.shared_memory_per_block)
-        self._params = _Params(
-            bias=None if bias is None else bias.data_ptr(),
-            tokens=problem.tokens,
-            inputs=problem.inputs,
-            units=problem.columns,
-            each=shape.each,
-            residual=problem.residual,
-            norm_eps=projection.norm_eps,
-        )
+        shared = cuda_call.parameters(problem, projection, bias, shape.each)
+        self._params = _Params(units=problem.columns, **shared)
         weights = jit.tensor_map(weight.data_ptr(), *_matrix(problem, problem.outputs, shape.each))
         gains = weights
         if norm is not None:
@@ -180,11 +171,8 @@ class Packed:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x and out as `LinearProblem` has them."""
-        address = x.data_ptr()
-        if address % 16:
-            x = x.clone()
-            address = x.data_ptr()
-        tokens = jit.tensor_map(address, *self._tokens)
+        x = cuda_call.on_16_bytes(x)
+        tokens = jit.tensor_map(x.data_ptr(), *self._tokens)
         with self._lock:
             self._launch.point(1, ctypes.addressof(tokens))
             self._params.out = out.data_ptr()
