@@ -65,7 +65,10 @@ def test_the_cpus_kernels_are_listed_and_cleared_too(cli: Cli, tmp_path: Path) -
 
 
 def test_warm_needs_an_arch_that_exists(cli: Cli, source: jit.Source) -> None:
-    assert "sm_1" in cli("cache", "warm", "--arch", "sm_1").error
+    for arch in ("sm_1", "sm_90aa", "sm_90x"):
+        error = cli("cache", "warm", "--arch", arch).error
+        assert f"unknown arch '{arch}'; known: sm_80" in error
+        assert "sm_90, sm_90a, sm_100" in error
 
 
 def test_warm_needs_an_arch_that_has_bfloat16(cli: Cli, source: jit.Source) -> None:

@@ -10,7 +10,7 @@ import typer
 from strobe import device as devices
 from strobe import settings
 from strobe.cli import bench_options, console, options
-from strobe.errors import StrobeError, UnknownNameError
+from strobe.errors import StrobeError
 
 if TYPE_CHECKING:
     from strobe.bench.results import Row
@@ -40,7 +40,10 @@ def startup(
     from strobe.bench import startup as bench
 
     if kernels:
-        rows = bench.measure_kernels(_arch(arch))
+        from strobe.cuda import jit
+        from strobe.cuda.sources import check_arch
+
+        rows = bench.measure_kernels(check_arch(arch or jit.arch_of()))
         if not bench_options.finish("kernels", rows, save=save, commit=commit, json=json):
             console.write_table(
                 ["source", "variants", "compile, s", "load, ms", "median"], _kernel_lines(rows)
@@ -75,16 +78,6 @@ def startup(
     case = rows[0]["case"]
     console.write(f"{case['model']}, {case['dtype']}, prompt {case['prompt']}\n\n")
     console.write_table(head, lines)
-
-
-def _arch(given: str | None) -> str:
-    from strobe.cuda import jit
-    from strobe.cuda.sources import archs
-
-    arch = given or jit.arch_of()
-    if arch.rstrip("af") not in (known := archs()):
-        raise UnknownNameError.among("arch", arch, known)
-    return arch
 
 
 def _kernel_lines(rows: list[Row]) -> list[list[str]]:

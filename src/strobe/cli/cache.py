@@ -10,7 +10,7 @@ import typer
 from strobe import device as devices
 from strobe.cli import console
 from strobe.cli.options import Json
-from strobe.errors import DeviceError, SettingsError, UnknownNameError
+from strobe.errors import DeviceError, SettingsError
 
 app = typer.Typer(help="The compiled kernels on disk.", no_args_is_help=True)
 
@@ -53,9 +53,7 @@ def warm(
         raise SettingsError(f"{folder} cannot be written", hint="set STROBE_CACHE_DIR")
     if arch is None and not devices.has_gpu():
         raise DeviceError("no GPU here to compile for", hint="name an arch, as --arch sm_90a")
-    target = arch or jit.arch_of()
-    if target.rstrip("af") not in (known := kernel_sources.archs()):
-        raise UnknownNameError.among("arch", target, known)
+    target = kernel_sources.check_arch(arch or jit.arch_of())
     sources = kernel_sources.every(target)
     bar, task = console.progress(len(sources), f"compiling for {target}")
     with bar:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import strobe
 from strobe.cuda.jit import Source, arch_number, supported_archs
+from strobe.errors import UnknownNameError
 
 PACKAGE = Path(strobe.__file__).parent
 
@@ -22,9 +23,16 @@ def every(arch: str) -> list[Source]:
     return found
 
 
-def archs() -> list[str]:
-    """What every source compiles for: bfloat16 asks for compute capability 8.0."""
-    return [arch for arch in supported_archs() if arch_number(arch) >= 80]
+def check_arch(arch: str) -> str:
+    """The arch, if every source compiles for it: bfloat16 asks for compute capability 8.0.
+
+    Raises:
+        UnknownNameError: the compiler does not know it, or it is older.
+    """
+    known = [each for each in supported_archs() if arch_number(each) >= 80]
+    if (arch[:-1] if arch.endswith(("a", "f")) else arch) not in known:
+        raise UnknownNameError.among("arch", arch, sorted([*known, "sm_90a"], key=arch_number))
+    return arch
 
 
 def name_of(source: Source) -> str:
