@@ -166,14 +166,29 @@ def test_what_is_missing_is_refused_by_name() -> None:
         ({"rotary_cos": torch.ones(5, 4), "rotary_sin": torch.ones(5, 4)}, "have 5 positions; the last is 5"),
         ({"k": torch.ones(2, 3, 1, 8)}, r"k is \[2, 3, 1, 8\].*supported: \[2, new_len, 2, 8\] both"),
         ({"k": torch.ones(1, 3, 2, 8), "v": torch.ones(1, 3, 2, 8)}, r"k is \[1, 3, 2, 8\]"),
-        ({"cache_seqlens": torch.ones(1, dtype=torch.int32)}, r"cache_seqlens is \[1\]; supported: \[2\]"),
+        (
+            {"cache_seqlens": torch.ones(1, dtype=torch.int32)},
+            r"cache_seqlens is torch.int32 \[1\]; supported: torch.int32 or torch.int64 \[2\]",
+        ),
+        ({"cache_seqlens": torch.ones(2)}, r"cache_seqlens is torch.float32"),
+        ({"cache_seqlens": [3, 3]}, "cache_seqlens is list"),
+        ({"cache_batch_idx": torch.ones(2)}, r"cache_batch_idx is torch.float32 \[2\]"),
+        ({"cache_batch_idx": torch.tensor([1])}, r"cache_batch_idx is torch.int64 \[1\]"),
+        (
+            {"block_table": torch.zeros(2, 1).long()},
+            r"block_table is torch.int64 .* torch.int32 \[2, pages\]",
+        ),
+        ({"block_table": torch.zeros(2).int()}, r"block_table is torch.int32 \[2\]"),
+        ({"v_cache": torch.zeros(2, 8, 2, 8)}, r"v_cache \[2, 8, 2, 8\]; supported: .* equal caches"),
+        ({"q": torch.zeros(3, 4, 8)}, r"q is \[3, 4, 8\]"),
     ],
 )
 def test_what_does_not_fit_the_cache_is_refused(changes: dict[str, object], message: str) -> None:
     cache = torch.zeros(2, 2, 16, 2, 8)
     q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8)
+    given = {"q": q, "k_cache": cache[0], "v_cache": cache[1], "k": k, "v": v, "cache_seqlens": 3}
     with pytest.raises(ProblemError, match=message):
-        fa.flash_attn_with_kvcache(q, *cache, **{"k": k, "v": v, "cache_seqlens": 3, **changes})
+        fa.flash_attn_with_kvcache(**given | changes)
     assert not cache.any()
 
 
@@ -218,3 +233,28 @@ def test_loose_types_are_taken_as_flash_attn_takes_them() -> None:
     longest = torch.tensor(6)
     loose = fa.flash_attn_varlen_func(q, q, q, sums, sums, longest, longest, causal=1, window_size=[2, 0])
     assert torch.equal(strict, loose)
+
+
+def test_what_is_not_contiguous_is_copied_as_flash_attn_copies_it() -> None:
+    q, k, v = (torch.randn(2, 8, 4, 7).transpose(1, 3) for _ in range(3))
+    expected = fa.flash_attn_func(*(x.contiguous() for x in (q, k, v)), causal=True)
+    assert torch.equal(fa.flash_attn_func(q, k, v, causal=True), expected)
+    sums = torch.tensor([0, 7], dtype=torch.int32)
+    packed = fa.flash_attn_varlen_func(q[0], k[0], v[0], sums, sums, 7, 7, causal=True)
+    torch.testing.assert_close(packed, expected[0], atol=2e-6, rtol=0)
+    cached = fa.flash_attn_with_kvcache(q, k.contiguous(), v.contiguous(), causal=True)
+    torch.testing.assert_close(cached, expected, atol=2e-6, rtol=0)
+
+
+def test_a_traced_call_appends_to_its_cache() -> None:
+    caches, lengths = torch.randn(2, 2, 16, 2, 8), torch.tensor([3, 11], dtype=torch.int32)
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8)
+
+    def step(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        return fa.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
+
+    eager, traced = caches.clone(), caches.clone()
+    given = torch.compile(step, backend="eager", fullgraph=True)(*traced)
+    torch.testing.assert_close(given, step(*eager))
+    assert torch.equal(traced, eager)
+    assert not torch.equal(traced, caches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_upper_left
 
 from strobe.errors import ProblemError
 from strobe.integrations.sdpa import redirect, scaled_dot_product_attention
@@ -101,3 +102,60 @@ def test_redirect_reaches_into_torchs_modules(training: bool) -> None:
     assert F.scaled_dot_product_attention is torchs
     torch.testing.assert_close(given[0], expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(given[1][~hidden], expected[1][~hidden], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [5, 24])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_values_of_another_width(width: int, is_causal: bool) -> None:
+    q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 11, 16), torch.randn(2, 2, 11, width)
+    given = {"is_causal": is_causal, "enable_gqa": True}
+    expected = F.scaled_dot_product_attention(q, k, v, **given)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, **given), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "kv_shape"),
+    [((2, 3), (3, 2)), ((6,), (2, 3)), ((2,), (1,)), ((), (1,))],
+)
+def test_leading_dimensions_that_differ_are_refused(
+    q_shape: tuple[int, ...], kv_shape: tuple[int, ...]
+) -> None:
+    q, k = torch.randn(*q_shape, 4, 5, 8), torch.randn(*kv_shape, 4, 7, 8)
+    with pytest.raises(ProblemError, match="supported: equal leading dimensions"):
+        scaled_dot_product_attention(q, k, k)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:There is a performance drop")
+def test_redirect_passes_on_what_is_no_plain_tensor() -> None:
+    x = torch.randn(3, 2, 4, 5, 8)
+    jagged = torch.nested.nested_tensor([torch.randn(3, 4, 8), torch.randn(5, 4, 8)], layout=torch.jagged)
+    jagged = jagged.transpose(1, 2)
+    calls = (
+        lambda: F.scaled_dot_product_attention(jagged, jagged, jagged).values(),
+        lambda: F.scaled_dot_product_attention(*x, attn_mask=causal_upper_left(5, 5)),
+        lambda: torch.vmap(lambda one: F.scaled_dot_product_attention(one, one, one))(x),
+    )
+    for number, call in enumerate(calls, start=1):
+        expected = call()
+        with redirect() as mode:
+            torch.testing.assert_close(call(), expected)
+        assert (mode.taken, mode.passed_on) == (0, 1), number
+
+
+def test_redirect_is_traced() -> None:
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with redirect():
+        traced = torch.compile(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            backend=backend,
+            fullgraph=True,
+        )
+        torch.testing.assert_close(traced(q, k, v), expected, atol=1e-5, rtol=0)
+    assert any("strobe.attention" in target for target in targets)

@@ -1,14 +1,17 @@
 """FlashAttention's functions over strobe: `from strobe.integrations.flash_attn import flash_attn_func`.
 
 Signatures, layouts and semantics are those of the flash_attn package (2.x), forward only: causal is
-aligned bottom-right, windows are inclusive, a query that sees nothing gives 0. What strobe does not
-have (dropout, alibi slopes, attention probabilities) is refused by name. Runs on a CPU as well.
+aligned bottom-right, windows are inclusive, a query that sees nothing gives 0 (and lse -inf, where
+flash_attn has inf). What strobe does not have (dropout, alibi slopes, attention probabilities) is refused
+by name. Queries, keys and values whose last dimension is not contiguous are copied; caches are not.
+Runs on a CPU as well.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 import torch
 
@@ -41,9 +44,7 @@ def flash_attn_func(
     """
     _refuse(dropout_p, alibi_slopes)
     out = attention(
-        q,
-        k,
-        v,
+        *map(_contiguous, (q, k, v)),
         causal=bool(causal),
         window=(window_size[0], window_size[1]),
         scale=softmax_scale,
@@ -79,14 +80,13 @@ def flash_attn_varlen_func(
     _refuse(dropout_p, alibi_slopes)
     layout: Packed | Paged
     if block_table is not None:
+        _check_index("cu_seqlens_k", cu_seqlens_k, [len(block_table) + 1], torch.int32)
         seq_lens = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).to(torch.int32)
         layout = Paged(block_table, seq_lens, cu_seqlens_q, int(max_seqlen_q), int(max_seqlen_k))
     else:
         layout = Packed(cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
     out = attention(
-        q,
-        k,
-        v,
+        *map(_contiguous, (q, k, v)),
         causal=bool(causal),
         window=(window_size[0], window_size[1]),
         scale=softmax_scale,
@@ -128,9 +128,12 @@ def flash_attn_with_kvcache(
     windowed, else all of q at cache_seqlens. `num_splits` is strobe's own choice and ignored.
 
     Raises ProblemError for what does not fit together; lengths, page and position numbers are checked on
-    a CPU, and on a GPU the caller's word.
+    a CPU, and on a GPU or under torch.compile the caller's word.
     """
     _refuse(0.0, alibi_slopes)
+    if q.dim() != 4 or k_cache.dim() != 4 or v_cache.shape != k_cache.shape:
+        given = f"q is {list(q.shape)}, k_cache {list(k_cache.shape)}, v_cache {list(v_cache.shape)}"
+        raise ProblemError(f"{given}; supported: 4 dimensions, and equal caches")
     if cache_leftpad is not None:
         raise ProblemError("cache_leftpad is given; supported: None", hint="shift the page table instead")
     if block_table is not None and cache_batch_idx is not None:
@@ -141,16 +144,18 @@ def flash_attn_with_kvcache(
     batch, q_len = q.shape[:2]
     if block_table is None:
         rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
+        _check_index("cache_batch_idx", rows, [batch], torch.int32, torch.int64)
         k_cache, v_cache, table = _pages(k_cache, v_cache, rows)
     else:
         table = block_table
+        _check_index("block_table", table, [batch, "pages"], torch.int32)
     page_size = k_cache.shape[1]
     room = table.shape[1] * page_size
     before = _lengths(cache_seqlens, batch, room, q.device)
     new_len = 0
     if k is not None and v is not None:
         new_len = k.shape[1]
-        if q.device.type == "cpu":
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_room(before, new_len, table, k_cache)
             _check_positions(before, max(new_len, q_len), rotary_cos)
         if rotary_cos is not None and rotary_sin is not None:
@@ -163,7 +168,7 @@ def flash_attn_with_kvcache(
         v_cache[pages, at % page_size] = v.to(v_cache.dtype)
     layout = Paged(table, before + new_len, max_q_len=q_len, max_kv_len=room)
     return attention(
-        q,
+        _contiguous(q),
         k_cache,
         v_cache,
         causal=bool(causal),
@@ -230,12 +235,30 @@ def _tokens_apart(cache: Tensor) -> int:
 
 def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: torch.device) -> Tensor:
     """int32 `[batch]`: each row's keys before the new ones."""
-    if not isinstance(cache_seqlens, torch.Tensor):
+    if cache_seqlens is None or isinstance(cache_seqlens, Integral):
         length = room if cache_seqlens is None else cache_seqlens
         return torch.full((batch,), length, dtype=torch.int32, device=device)
-    if cache_seqlens.shape != (batch,):
-        raise ProblemError(f"cache_seqlens is {list(cache_seqlens.shape)}; supported: [{batch}], one a row")
-    return cache_seqlens.to(torch.int32)
+    _check_index("cache_seqlens", cache_seqlens, [batch], torch.int32, torch.int64)
+    return cast(Tensor, cache_seqlens).to(torch.int32)
+
+
+def _check_index(name: str, index: Any, shape: list[int | str], *dtypes: torch.dtype) -> None:
+    """Raise ProblemError unless `index` is a tensor of such a dtype and shape; "pages" is any size."""
+    given = type(index).__name__
+    if isinstance(index, torch.Tensor):
+        given = f"{index.dtype} {list(index.shape)}"
+        sizes_fit = index.dim() == len(shape) and all(
+            want in (size, "pages") for want, size in zip(shape, index.shape, strict=True)
+        )
+        if sizes_fit and index.dtype in dtypes:
+            return
+    wanted = " or ".join(map(str, dtypes))
+    raise ProblemError(f"{name} is {given}; supported: {wanted} [{', '.join(map(str, shape))}]")
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy whose last dimension is contiguous, as flash_attn makes one."""
+    return x if not x.dim() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_room(before: Tensor, new_len: int, table: Tensor, k_cache: Tensor) -> None:

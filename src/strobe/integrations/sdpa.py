@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from strobe.attention.api import attention
@@ -29,13 +30,20 @@ def scaled_dot_product_attention(
     """torch's signature and semantics: `[..., heads, len, head_dim]`, causal aligned top-left.
 
     attn_mask is bool (True: may attend) or is added to the scores, broadcastable to
-    `[..., q_heads, q_len, kv_len]`. A query that sees no key gives 0. Raises ProblemError for
-    dropout, and for fewer key than query heads without `enable_gqa`.
+    `[..., q_heads, q_len, kv_len]`. Values may be narrower or wider than keys: the narrower are copied and
+    padded. A query that sees no key gives 0. Raises ProblemError for dropout, for is_causal with a mask,
+    for leading dimensions that differ (torch broadcasts them), and for fewer key than query heads without
+    `enable_gqa`.
     """
     if dropout_p:
         raise ProblemError(f"dropout_p is {dropout_p}; supported: 0.0", hint="strobe runs inference")
     if is_causal and attn_mask is not None:
         raise ProblemError("is_causal with attn_mask; supported: one of the two")
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3] or min(query.dim(), key.dim()) < 2:
+        given = ", ".join(str(list(x.shape)) for x in (query, key, value))
+        raise ProblemError(f"query, key and value are {given}; supported: equal leading dimensions")
+    scale = query.shape[-1] ** -0.5 if scale is None and query.shape[-1] else scale
+    query, key, value, width = _of_one_width(query, key, value)
     q, k, v = (_four(x if x.stride(-1) == 1 else x.contiguous()) for x in (query, key, value))
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads != kv_heads and not enable_gqa:
@@ -55,7 +63,17 @@ def scaled_dot_product_attention(
     out = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=window, scale=scale, bias=bias
     )
-    return cast(torch.Tensor, out).transpose(1, 2).reshape(query.shape)
+    return cast(torch.Tensor, out).transpose(1, 2).reshape(query.shape)[..., :width]
+
+
+def _of_one_width(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """q, k and v with zeros behind the narrower, which change no score, and the width of the values."""
+    width, widest = v.shape[-1], max(v.shape[-1], k.shape[-1])
+    if q.shape[-1] == k.shape[-1] != width:
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    return q, k, v, width
 
 
 def _four(x: torch.Tensor) -> torch.Tensor:
@@ -75,8 +93,8 @@ class redirect(TorchFunctionMode):
     """`with redirect():` torch's own scaled_dot_product_attention calls run on strobe where it fits.
 
     Those of torch.nn.MultiheadAttention and what stands on it are among them. A call that strobe refuses
-    (dropout, a dtype it lacks) or that needs gradients goes to torch, and is counted in `.passed_on`;
-    the others in `.taken`.
+    (dropout, a dtype it lacks), that needs gradients, or whose tensors are no plain ones (nested, a subclass,
+    under torch.func) goes to torch, and is counted in `.passed_on`; the others in `.taken`.
     """
 
     def __init__(self) -> None:
@@ -109,7 +127,8 @@ class redirect(TorchFunctionMode):
 
     def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        if not needs_gradients and all(map(_is_plain, tensors)):
             try:
                 out = scaled_dot_product_attention(*args, **kwargs)
             except (ProblemError, KernelRefusedError):
@@ -119,3 +138,11 @@ class redirect(TorchFunctionMode):
                 return out
         self.passed_on += 1
         return _TORCHS(*args, **kwargs)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether x holds its own numbers, in memory of its shape and strides."""
+    if torch.compiler.is_compiling():
+        return True
+    own = torch.Tensor, torch.nn.Parameter, FakeTensor
+    return type(x) in own and not x.is_nested and not torch._C._functorch.is_functorch_wrapped_tensor(x)
