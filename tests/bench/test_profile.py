@@ -30,9 +30,9 @@ def test_times_kinds_and_gaps_of_known_spans() -> None:
     assert found.gaps == 3
     first = found.largest_gaps[0]
     assert (first.us, first.after, first.before) == (69.0, "append", "attend")
-    assert {part.name: (part.calls, part.us) for part in found.kinds} == {
-        "products with the weights": (1, 25), "attention": (1, 11), "append": (0.5, 0.5),
-        "other": (0.5, 0.25),
+    assert {part.name: (part.calls, part.us, part.beside_us) for part in found.kinds} == {
+        "products with the weights": (1, (15 + 28) / 2, 7 / 2), "attention": (1, 11, 0),
+        "append": (0.5, 0.5, 0), "other": (0.5, 0.25, 0),
     }  # fmt: skip
     assert [part.name for part in found.kernels] == ["gemm_x", "attend", "append", "thing"]
 
@@ -47,6 +47,20 @@ def test_busy_time_and_gaps_fill_the_whole(times: list[tuple[float, float]]) -> 
     assert found.busy_us == pytest.approx(covered, rel=1e-6, abs=1e-6)
     assert found.step_us == pytest.approx(points[-1] - points[0])
     assert sum(gap.us for gap in found.largest_gaps) <= found.step_us - found.busy_us + 1e-6
+    (part,) = found.kernels
+    assert part.us == pytest.approx(found.busy_us)
+    assert part.us + part.beside_us == pytest.approx(sum(length for _, length in times))
+
+
+def test_parts_sum_to_the_busy_time_where_launches_wait_for_one_another() -> None:
+    """Each launch stands beside the end of the one ahead, and a short one within a long one."""
+    spans = [Span("project", 0, 10), Span("attend", 1, 14), Span("append", 2, 5), Span("project", 12, 20)]
+    found = summary(spans, 1, {})
+    assert found.busy_us == found.step_us == 20
+    assert {part.name: (part.us, part.beside_us) for part in found.kernels} == {
+        "project": (10 + 6, 2), "attend": (4, 9), "append": (0, 3),
+    }  # fmt: skip
+    assert found.gaps == 0
 
 
 @pytest.mark.parametrize(

@@ -48,14 +48,21 @@ class Span:
 
 @dataclass
 class Part:
-    """What the spans of one name, or of one kind, took in a step."""
+    """What the spans of one name, or of one kind, took in a step.
+
+    Time that several spans share counts for the one that began first: `us` of all parts make the busy time.
+    A launch that starts beside the end of the one ahead mostly waits for it meanwhile; `beside_us` is that
+    time, and what two streams have in common.
+    """
 
     name: str
     calls: float = 0.0
     us: float = 0.0
+    beside_us: float = 0.0
     bytes: float | None = None
     """Fewest that they must move in a step, where that is known."""
     floor_percent: float | None = None
+    """Of `us`: over 100 where a kind reads ahead while it stands beside another."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Gap:
 
 @dataclass
 class Profile:
-    """Per step, over `steps` of them. `busy_us` counts spans that overlap once."""
+    """Per step, over `steps` of them. `busy_us` counts what spans share once."""
 
     case: dict[str, Any]
     steps: int
@@ -147,23 +154,25 @@ def summary(spans: Sequence[Span], steps: int, case: dict[str, Any]) -> Profile:
     ordered = sorted(spans, key=lambda span: span.start)
     by_name: dict[str, Part] = defaultdict(lambda: Part(""))
     by_kind: dict[str, Part] = defaultdict(lambda: Part(""))
+    first = last = ordered[0]
+    gaps, busy, covered = [], 0.0, first.start
     for span in ordered:
+        if span.start > covered:
+            gaps.append(Gap(span.start - covered, last.name, span.name))
+        alone = max(0.0, span.end - max(span.start, covered))
         for parts, name in ((by_name, span.name), (by_kind, kind_of(span.name))):
             part = parts[name]
             part.name = name
             part.calls += 1 / steps
-            part.us += (span.end - span.start) / steps
-    last, gaps = ordered[0], []
-    busy = last.end - last.start
-    for span in ordered[1:]:
-        if span.start > last.end:
-            gaps.append(Gap(span.start - last.end, last.name, span.name))
-        busy += max(0.0, span.end - max(span.start, last.end))
-        last = max(last, span, key=lambda each: each.end)
+            part.us += alone / steps
+            part.beside_us += (span.end - span.start - alone) / steps
+        busy += alone
+        if span.end > covered:
+            last, covered = span, span.end
     return Profile(
         case=case,
         steps=steps,
-        step_us=(last.end - ordered[0].start) / steps,
+        step_us=(covered - first.start) / steps,
         busy_us=busy / steps,
         gaps=len(gaps),
         kinds=sorted(by_kind.values(), key=lambda part: -part.us),
@@ -188,7 +197,7 @@ def _against_floor(found: Profile, subject: Subject, case: Batch, roof: Ceilings
     for part in found.kinds:
         if part.name in needed:
             part.bytes = needed[part.name]
-            part.floor_percent = 100 * part.bytes / roof.read_gbps * 1e-3 / part.us
+            part.floor_percent = 100 * part.bytes / roof.read_gbps * 1e-3 / part.us if part.us else None
     found.floor_us = (needed["attention"] + needed["products with the weights"]) / roof.read_gbps * 1e-3
 
 
@@ -196,4 +205,4 @@ def _short(name: str) -> str:
     """A kernel's name without its return type, its namespaces' template arguments and its parameters."""
     name = re.sub(r"^void ", "", name)
     name = re.sub(r"<.*", "", name) if len(name) > 60 else name
-    return re.sub(r"\(.*", "", name)[:80]
+    return re.sub(r"\(.*", "", name)[:80].strip()

@@ -39,7 +39,9 @@ def profile(
 ) -> None:
     """Where a decode step's time goes: by kernel, by kind with its share of the floor, and between kernels.
 
-    On a GPU its kernels, on a CPU torch's operators; what is neither counts as a gap.
+    On a GPU its kernels, on a CPU torch's operators; what is neither counts as a gap. What runs beside
+    another counts for the one that began first, so that the parts sum to the busy time; "beside others" is
+    how long a kind's launches stood beside earlier ones, most of it waiting for them.
     """
     from strobe.bench import profile as bench
     from strobe.bench.ceilings import ceilings
@@ -79,7 +81,7 @@ def _write(found: Profile, top: int) -> None:
     if found.floor_us is not None:
         console.write(f"; the floor is {found.floor_us:.4g} µs ({found.floor_us / found.step_us:.0%})")
     console.write("\n\n")
-    head = ["calls", "µs", "of the step"]
+    head = ["calls", "µs", "of the step", "beside others, µs"]
     kinds = [
         [
             *_line(part, found),
@@ -98,4 +100,5 @@ def _write(found: Profile, top: int) -> None:
 
 
 def _line(part: Part, found: Profile) -> list[str]:
-    return [part.name, f"{part.calls:.4g}", f"{part.us:.4g}", f"{part.us / found.step_us:.1%}"]
+    share = f"{part.us / found.step_us:.1%}"
+    return [part.name, f"{part.calls:.4g}", f"{part.us:.4g}", share, f"{part.beside_us:.4g}"]
