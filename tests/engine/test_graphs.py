@@ -163,6 +163,25 @@ def test_padding_a_prompt_adds_tokens_of_no_row(computed):
     assert (wide.max_q_len, wide.page_table.shape) == (64, (1, table_width(6)))
 
 
+def test_rows_of_one_token_are_told_from_prompts():
+    def chunk(first_page: int, start: int, end: int) -> Chunk:
+        sequence = Sequence(Request("0", (5,) * end, GREEDY), 0, 0, [5] * end)
+        sequence.pages.pages.extend(range(first_page, first_page + 6))
+        return Chunk(sequence, start, end)
+
+    def told(*chunks: Chunk) -> tuple[int, list[int] | None]:
+        sequences = tuple(each.sequence for each in chunks)
+        inputs = inputs_of(Schedule(chunks, sequences, tuple(range(len(chunks))), ()), 4, 50)
+        return inputs.decoding, None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+
+    one, other, prompt, rest = chunk(0, 8, 9), chunk(6, 0, 1), chunk(12, 0, 7), chunk(18, 3, 5)
+    assert told(one, other) == (0, None)
+    assert told(one, other, prompt, rest) == (2, [0, 7, 9])
+    assert told(one, prompt) == (1, [0, 7])
+    assert told(prompt, rest) == (0, [0, 7, 9])
+    assert told(prompt) == (0, None)
+
+
 def test_few_widths():
     assert {table_width(pages) for pages in range(1, 8193)} == {64, 256, 1024, 4096, 16384}
     assert all(table_width(pages) >= pages for pages in range(1, 5000))

@@ -278,6 +278,14 @@ def test_long_prompts_go_in_chunks_beside_those_that_decode():
     assert sizes == [[1, 9], [1, 9], [1, 9], [1, 3]]
 
 
+def test_rows_of_one_token_stand_ahead_of_prompts():
+    simulation = Simulation(EngineConfig(page_size=4, max_num_seqs=4, max_num_batched_tokens=10), 64)
+    for length in (12, 1, 15):
+        simulation.add([length] * length, 9)
+    sizes = [[chunk.end - chunk.start for chunk in simulation.step().chunks] for _ in range(3)]
+    assert sizes == [[10], [1, 2, 7], [1, 1, 8]]
+
+
 def test_a_preempted_sequence_goes_first_again():
     simulation = Simulation(EngineConfig(page_size=4, max_num_seqs=2, max_num_batched_tokens=64), 6)
     first, second, third = (simulation.add([index] * 8, 12) for index in range(3))

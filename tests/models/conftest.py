@@ -112,8 +112,13 @@ class Rows:
         )
         self.lengths = [0] * rows
 
-    def step(self, new: Sequence[torch.Tensor], *, packed: bool | None = None) -> list[torch.Tensor]:
-        """Append int64 `new[row]` to each row in one forward pass: every new token's logits, by row."""
+    def step(
+        self, new: Sequence[torch.Tensor], *, packed: bool | None = None, ahead: int = 0
+    ) -> list[torch.Tensor]:
+        """Append int64 `new[row]` to each row in one forward pass: every new token's logits, by row.
+
+        The first `ahead` rows, of one token each, are laid out by themselves.
+        """
         counts = [len(tokens) for tokens in new]
         if packed is None:
             packed = len(set(counts)) > 1
@@ -123,21 +128,24 @@ class Rows:
             self.table[row, where // size].long() * size + where % size for row, where in enumerate(positions)
         ]
         self.lengths = [at + n for at, n in zip(self.lengths, counts, strict=True)]
-        sums = torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-        layout = Paged(
-            self.table,
-            torch.tensor(self.lengths, dtype=torch.int32),
-            cu_seqlens_q=sums if packed else None,
-            max_q_len=max(counts),
-            max_kv_len=max(self.lengths),
-        )
+
+        def layout(rows: slice, packed: bool) -> Paged:
+            return Paged(
+                self.table[rows],
+                torch.tensor(self.lengths[rows], dtype=torch.int32),
+                cu_seqlens_q=torch.tensor([0, *counts[rows]]).cumsum(0).to(torch.int32) if packed else None,
+                max_q_len=max(counts),
+                max_kv_len=max(self.lengths),
+            )
+
         batch = Batch(
             token_ids=torch.cat(list(new)),
             positions=torch.cat(positions),
             slots=torch.cat(slots),
-            layout=layout,
+            layout=layout(slice(ahead), False) if ahead else layout(slice(None), packed),
             logits_at=torch.arange(sum(counts)),
             kv_cache=self.cache,
+            prompts=layout(slice(ahead, None), True) if ahead else None,
         )
         with torch.inference_mode():
             return list(self.model(batch).split(counts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 import transformers
 
@@ -47,12 +48,13 @@ def test_prompt_in_chunks(pair, rows):
     assert_close(given, logits(pair.theirs, text))
 
 
-def test_rows_of_a_batch_do_not_see_each_other(pair, rows):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_rows_of_a_batch_do_not_see_each_other(pair, rows, ahead):
     texts = [pair.text(length) for length in (17, 1, 30, 9)]
     batch = rows(pair.ours, len(texts), LENGTH)
     first = batch.step(texts)
-    more = [pair.text(length) for length in (1, 12, 3, 1)]  # decode rows beside prefill rows
-    second = batch.step(more)
+    more = [pair.text(length) for length in (1, 1, 12, 3)]  # decode rows beside prefill rows
+    second = batch.step(more, ahead=ahead)
     last = [pair.text(1) for _ in texts]
     third = batch.step(last, packed=False)
     for row, parts in enumerate(zip(texts, more, last, strict=True)):

@@ -62,11 +62,17 @@ def attention(
 
 
 def run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kernel: str,
+    options: Options,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`(out, lse or None)` by the chosen rung."""
+    """`(out, lse or None)` by the chosen rung; `out` is filled where it is given: contiguous, like q."""
     planned = plan.of(q, k, v, kernel, options)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = empty_lse(planned.problem, q) if options.return_lse else None
     if not planned.empty:
         planned.run(q, k, v, out, lse)

@@ -18,7 +18,8 @@ class StepInputs:
 
     `picks` int64 `[tokens]` says where each token's id is found: from `first_word` on in `token_ids`, below
     it among those that the step before drew, which the host has not read. None where the host knows all.
-    `copies` int64 `[2, n]` are pages to copy first, from and to.
+    `copies` int64 `[2, n]` are pages to copy first, from and to. The first `decoding` rows bring one token
+    each, and `cu_seqlens` counts those of the rows behind them; 0 where all rows bring as many.
     """
 
     token_ids: np.ndarray
@@ -32,10 +33,11 @@ class StepInputs:
     copies: np.ndarray | None
     max_q_len: int
     max_kv_len: int
+    decoding: int = 0
 
 
 def inputs_of(schedule: Schedule, page_size: int, first_word: int) -> StepInputs:
-    """The schedule's tokens, rows in the order of its chunks."""
+    """The schedule's tokens, rows in the order of its chunks: those of one token come first."""
     chunks = schedule.chunks
     starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
     ends = np.array([chunk.end for chunk in chunks], dtype=np.int64)
@@ -48,6 +50,7 @@ def inputs_of(schedule: Schedule, page_size: int, first_word: int) -> StepInputs
     else:
         rows = np.repeat(np.arange(len(chunks)), counts)
         positions = np.arange(row_ends[-1]) + (ends - row_ends)[rows]
+    decoding = 0 if uniform else int(np.argmax(counts > 1))
     logits_at: np.ndarray | None = None  # of all tokens
     if not schedule.decodes:
         scored = [np.arange(row_ends[i] - counts[i], row_ends[i]) for i in schedule.scored]
@@ -59,11 +62,12 @@ def inputs_of(schedule: Schedule, page_size: int, first_word: int) -> StepInputs
         logits_at=logits_at,
         page_table=table,
         seq_lens=ends.astype(np.int32),
-        cu_seqlens=None if uniform else np.concatenate(([0], row_ends)).astype(np.int32),
+        cu_seqlens=None if uniform else np.cumsum([0, *counts[decoding:]], dtype=np.int32),
         picks=_picks(chunks, row_ends, first_word),
         copies=np.array(schedule.copies, dtype=np.int64).T if schedule.copies else None,
         max_q_len=int(counts.max()),
         max_kv_len=int(ends.max()),
+        decoding=decoding,
     )
 
 

@@ -103,24 +103,29 @@ class Runner:
 
         def batch() -> Batch:
             picks = sent.get("picks")
-            layout = Paged(
-                page_table=sent["page_table"],
-                seq_lens=sent["seq_lens"],
-                cu_seqlens_q=sent.get("cu_seqlens"),
-                max_q_len=inputs.max_q_len,
-                max_kv_len=inputs.max_kv_len,
-                settled=True,
-            )
+            cu_seqlens, ahead = sent.get("cu_seqlens"), inputs.decoding
+
+            def layout(rows: slice, cu_seqlens: torch.Tensor | None) -> Paged:
+                return Paged(
+                    page_table=sent["page_table"][rows],
+                    seq_lens=sent["seq_lens"][rows],
+                    cu_seqlens_q=cu_seqlens,
+                    max_q_len=inputs.max_q_len,
+                    max_kv_len=inputs.max_kv_len,
+                    settled=True,
+                )
+
             return Batch(
                 token_ids=sent["token_ids"] if picks is None else self.staging.words,
                 positions=sent["positions"],
                 slots=sent["slots"],
-                layout=layout,
+                layout=layout(slice(ahead), None) if ahead else layout(slice(None), cu_seqlens),
                 logits_at=sent.get("logits_at"),
                 kv_cache=self.kv_cache,
                 attention_kernel=attention,
                 linear_kernel=linear,
                 picks=picks,
+                prompts=layout(slice(ahead, None), cu_seqlens) if ahead else None,
             )
 
         return batch

@@ -89,6 +89,7 @@ class Scheduler:
             budget = self._continue(self.config.step_tokens, chunks, copies)
             if budget is not None and not self.config.deterministic:
                 self._admit(budget, chunks, copies)
+        chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # rows that decode ahead of prompts
         sampled, sampled_chunks = [], []
         for index, (sequence, _, end) in enumerate(chunks):
             if end == sequence.length:  # its last token's logits give the next

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from strobe.attention.problem import Paged
+from strobe.attention import api
+from strobe.attention.problem import UNLIMITED, Options, Paged
 from strobe.models.config import ModelConfig
 
 
@@ -62,10 +63,12 @@ class Batch:
     key and value go: `page * page_size + offset`. `layout.seq_lens` counts a row's keys with this
     step's tokens. Where every row brings equally many tokens (a decode step: one) leave
     `layout.cu_seqlens_q` None, and attention sees q as `[batch, q_len, heads, head_dim]`; else it is
-    the running sum of the rows' tokens, and q is packed. `logits_at` int64 `[n]` are the indices of
-    the tokens whose logits are wanted, or None for all. With `picks` int64 `[tokens]`, token i's id is
-    `token_ids[picks[i]]`, of any number of `token_ids`. All tensors are on the model's device; the forward
-    pass reads none of them on the host, given `layout.max_q_len` (where packed) and `layout.max_kv_len`.
+    the running sum of the rows' tokens, and q is packed. With `prompts`, `layout` has the first rows, of
+    one token each, and `prompts` the others, packed: each goes to the kernel that is made for it.
+    `logits_at` int64 `[n]` are the indices of the tokens whose logits are wanted, or None for all. With
+    `picks` int64 `[tokens]`, token i's id is `token_ids[picks[i]]`, of any number of `token_ids`. All
+    tensors are on the model's device; the forward pass reads none of them on the host, given the layouts'
+    `max_q_len` (where packed) and `max_kv_len`.
     """
 
     token_ids: torch.Tensor
@@ -77,6 +80,7 @@ class Batch:
     attention_kernel: str = "auto"
     linear_kernel: str = "auto"
     picks: torch.Tensor | None = None
+    prompts: Paged | None = None
 
     @property
     def ids(self) -> torch.Tensor:
@@ -87,8 +91,23 @@ class Batch:
         """The rows of x `[tokens, ...]` whose logits are wanted."""
         return x if self.logits_at is None else x.index_select(0, self.logits_at)
 
-    def rows(self, q: torch.Tensor) -> torch.Tensor:
-        """q `[tokens, heads, head_dim]` as the layout's attention takes it; a view."""
-        if self.layout.cu_seqlens_q is not None:
-            return q
-        return q.view(self.layout.page_table.shape[0], -1, *q.shape[1:])
+    def attend(
+        self, index: int, q: torch.Tensor, window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+    ) -> torch.Tensor:
+        """Causal attention of layer `index`: q `[tokens, q_heads, head_dim]` → `[tokens, q_size]`."""
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self.prompts is None:
+            self._attend(index, q, self.layout, window, out)
+        else:
+            ahead = len(self.layout.seq_lens)
+            self._attend(index, q[:ahead], self.layout, window, out[:ahead])
+            self._attend(index, q[ahead:], self.prompts, window, out[ahead:])
+        return out.view(len(q), -1)
+
+    def _attend(
+        self, index: int, q: torch.Tensor, layout: Paged, window: tuple[int, int], out: torch.Tensor
+    ) -> None:
+        if layout.cu_seqlens_q is None:
+            q, out = (x.view(len(layout.seq_lens), -1, *x.shape[1:]) for x in (q, out))
+        options = Options(causal=True, window=window, layout=layout)
+        api.run(q, *self.kv_cache.layers[index], self.attention_kernel, options, out)

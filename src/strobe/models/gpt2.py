@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from strobe.attention.api import attention
 from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
@@ -107,10 +105,7 @@ class GPT2:
         q, k, v = qkv.view(-1, 3 * c.q_heads, c.head_dim).chunk(3, dim=1)
         k_pages, v_pages = batch.kv_cache.layers[index]
         cache.append(k, v, k_pages, v_pages, batch.slots, cache.Options(settled=batch.layout.settled))
-        out: Any = attention(
-            batch.rows(q), k_pages, v_pages, causal=True, layout=batch.layout, kernel=batch.attention_kernel
-        )
-        return out.view(-1, c.q_size)
+        return batch.attend(index, q)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         return layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)

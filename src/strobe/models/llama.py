@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from strobe.attention.api import attention
 from strobe.linear import Projection
 from strobe.models.batch import Batch
 from strobe.models.config import ModelConfig
@@ -86,7 +85,8 @@ class Llama:
         )
         for index, layer in enumerate(self.weights.layers):
             q = layer.qkv.append(x, self._destination(index, layer, turn, batch), kernel)
-            layer.output(self._attention(index, q, batch), residual=x, kernel=kernel)
+            attended = batch.attend(index, q, self.config.window(index))
+            layer.output(attended, residual=x, kernel=kernel)
             raised = layer.gate_up(x, kernel=kernel)
             layer.down(raised, residual=x, kernel=kernel)
         return self.weights.head(batch.wanted(x), kernel=kernel)
@@ -100,18 +100,3 @@ class Llama:
             norms = cache.HeadNorms(layer.q_norm, layer.k_norm, self.config.norm_eps)
         options = cache.Options(norms, settled=batch.layout.settled)
         return cache.Destination(turn, *batch.kv_cache.layers[index], batch.slots, options)
-
-    def _attention(self, index: int, q: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """q `[tokens, q_heads, head_dim]` → `[tokens, q_size]`."""
-        c = self.config
-        k_pages, v_pages = batch.kv_cache.layers[index]
-        out: Any = attention(
-            batch.rows(q),
-            k_pages,
-            v_pages,
-            causal=True,
-            window=c.window(index),
-            layout=batch.layout,
-            kernel=batch.attention_kernel,
-        )
-        return out.view(-1, c.q_size)
