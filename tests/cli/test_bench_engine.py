@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from strobe.bench import engine
+from strobe.bench import engine, vllm
+from strobe.bench.engine_cases import Job
 from strobe.bench.results import Result
+from strobe.models import shapes
 
 from .conftest import Cli, Outcome
 
@@ -85,3 +88,35 @@ def test_a_wrong_answer_is_told(bench: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_mistake_is_one_line(bench: Cli, args: tuple[str, ...], told: str) -> None:
     assert told in bench(*args).error
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("latency", ("--prompt", "9", "--output", "5")),
+        ("throughput", ("--requests", "3", "--prompt", "3", "9", "--output", "2", "5")),
+        ("engine-ladder", ("--prompt", "9", "--output", "5")),
+    ],
+)
+def test_vllm_stands_beside_every_engine(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, verb: str, flags: tuple[str, ...]
+) -> None:
+    small = {"layers": 1, "hidden": 32, "intermediate": 48, "q_heads": 2, "kv_heads": 1, "vocab_size": 99}
+    monkeypatch.setitem(shapes.SHAPES, "llama3-8b", replace(shapes.SHAPES["llama3-8b"], **small))
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+
+    def measured(config: object, dtype: str, jobs: list[Job], *, peer: str, **_: object):
+        if peer == "vllm-in-process":
+            return ["no memory"] * len(jobs), {}
+        return [[1.0 + sum(job.outputs)] * job.runs for job in jobs], {"version": "0"}
+
+    monkeypatch.setattr(vllm, "measure", measured)
+    call = ("bench", verb, *flags, "--random", "llama3-8b", "--device", "cpu", "--runs", "1", "--vs")
+    rows = json.loads(cli(*call, "vllm,vllm-in-process", "--json").out)["rows"]
+    done, failed = rows[-2:]
+    assert (done["provider"], failed["provider"]) == ("vllm", "vllm-in-process")
+    wanted = 1.0 if verb != "throughput" else done["output_tokens"] / (1.0 + done["output_tokens"])
+    assert done["tok_s"] == pytest.approx(wanted)
+    assert done["gbps"] > 0
+    assert failed["failed"] == "no memory"
+    assert "no memory" in cli(*call, "vllm-in-process").out

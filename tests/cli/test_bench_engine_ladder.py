@@ -16,13 +16,23 @@ SHORT = ("bench", "engine-ladder", "--device", "cpu", "--prompt", "7", "--output
 
 def test_a_model_as_table_and_json(cli: Cli, model_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "engine_ladder.json"
-    told = cli(*SHORT, "--model", str(model_folder), "--save", str(saved)).out
+    told = cli(*SHORT, "--model", str(model_folder), "--vs", "transformers", "--save", str(saved)).out
     assert told.startswith("random-llama, prompt 7, output 3, float32 on cpu\n")
-    for name in ("naive_attention", "online_softmax", "fused_attention", "onednn", "fastest"):
+    for name in (
+        "naive_attention",
+        "online_softmax",
+        "fused_attention",
+        "onednn",
+        "fastest",
+        "transformers",
+        "% of",
+    ):
         assert name in told
     assert "on an NVIDIA GPU: naive_matmul (torch_naive + cuda_matmul_naive)" in told
     result = Result.load(saved)
-    assert [row["checked"] for row in result.rows] == [True] * 5
+    assert [row["checked"] for row in result.rows] == [True] * 6
+    assert result.rows[-1]["provider"] == "transformers"
+    assert {"ttft_ms", "tok_s", "gbps"} <= result.rows[-1].keys()
     assert json.loads(cli(*SHORT, "--model", str(model_folder), "--json").out)["bench"] == "engine_ladder"
 
 
@@ -43,6 +53,8 @@ def test_random_weights_are_said_to_be(cli: Cli, monkeypatch: pytest.MonkeyPatch
         (("--random", "llama3-8b", "--dtype", "bf16"), "unknown dtype 'bf16'"),
         (("--runs", "0"), "runs is 0"),
         (("--output", "1"), "output 1"),
+        (("--vs", "vlm"), "did you mean 'vllm'?"),
+        (("--vs", "vllm"), "vLLM is measured on random weights"),
         (("--prompt", "100000"), "max_model_len"),
         (("--device", "cuda:9"), "cuda:9"),
     ],

@@ -179,11 +179,13 @@ def _engine_ladder(result: Result) -> str:
     lines, before = [], None
     for row in result.rows:
         name = row["provider"].removeprefix("strobe:")
-        kernels = [f"`{kernel}`" for kernel in (row["attention_kernel"], row["linear_kernel"])]
+        peer = "linear_kernel" not in row
+        kernels = ["–", "–"] if peer else [f"`{row[f'{kind}_kernel']}`" for kind in ("attention", "linear")]
         if "tok_s" not in row:
-            lines.append([name, *kernels, "–", "–", "refused" if "refused" in row else "WRONG", "", ""])
+            why = next((why for why in ("refused", "failed") if why in row), "WRONG")
+            lines.append([name, *kernels, "–", "–", why, "", ""])
             continue
-        over = "" if before is None else f"{row['tok_s'] / before:.2f}"
+        over = "" if before is None or peer else f"{row['tok_s'] / before:.2f}"
         figures = [tables.number(row[field]) for field in ("ttft_ms", "tok_s", "gbps")]
         figures.append(f"{row['floor_percent']:.0f} %" if "floor_percent" in row else "–")
         lines.append([name, *kernels, *figures, over])
@@ -255,6 +257,16 @@ def _kernels(result: Result) -> str:
     return f"For {result.rows[0]['case']['arch']}:\n\n{tables.markdown(head, lines)}"
 
 
+def _first_use(result: Result) -> str:
+    lines = [
+        [f"`{row['case']['rung']}`", f"{row['first_s']:.3g}", f"{row['later_ms']:.3g}"]
+        for row in result.rows
+        if row["checked"]
+    ]
+    head = ["rung", "first call, s", "in a new process, ms"]
+    return f"For {result.rows[0]['case']['arch']}:\n\n{tables.markdown(head, lines)}"
+
+
 def _startup(result: Result) -> str:
     fields = ("import_s", "network_s", "engine_s", "first_token_s", "total_s")
     lines = [
@@ -299,6 +311,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "engine": ("engine", _engine),
     "verify": ("verify", _verify),
     "kernels": ("kernels", _kernels),
+    "first_use": ("kernels", _first_use),
     "startup": ("startup", _startup),
 }
 """By name: the result file, and what is made of it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from strobe.bench.answers import first_wrong
 from strobe.bench.engine import latency_figures
 from strobe.bench.engine_cases import Batch
-from strobe.bench.engine_peers import Strobe
+from strobe.bench.engine_peers import Strobe, Transformers
 from strobe.bench.results import Row
 from strobe.bench.subject import Subject
 from strobe.engine import Engine, EngineConfig
@@ -37,6 +37,8 @@ ON_GPU = (
     Configuration("fused_attention", "auto", "cuda_matmul_naive"),
     # a GEMV is for few tokens; a prompt's many go through cuBLAS
     Configuration("gemv", "auto", "cuda_gemv,torch_linear"),
+    # products that load ahead, with norm, activation, residual, rope and append within their launches
+    Configuration("fastest", "auto", "auto"),
 )
 ON_CPU = (
     Configuration("naive_attention", "torch_naive", "torch_linear"),
@@ -92,6 +94,32 @@ def measure(
             continue
         done = [engine.one(tokens, output) for _ in range(runs)]
         yield row | {"checked": True} | latency_figures(model, done, prompt)
+
+
+def transformers_row(
+    model: Model,
+    name: str,
+    *,
+    folder: Path | None = None,
+    prompt: int = 128,
+    output: int = 128,
+    runs: int = 3,
+) -> Row:
+    """transformers on the same network, with the same prompt; as a row of `measure`.
+
+    Raises:
+        CheckpointError, MissingExtraError: as `Transformers`.
+    """
+    case = Batch(1, prompt, output)
+    tokens = case.jobs(model.config.vocab_size, 1)[0].prompts[0]
+    subject = Subject(name, _engine(model, Configuration("", "auto", "auto"), prompt + output), folder)
+    peer = Transformers(subject)
+    row: Row = {"case": subject.case(**case.sizes()), "provider": peer.name}
+    wrong = first_wrong(model, tokens, peer.one(tokens, output).token_ids)
+    if wrong is not None:
+        return row | {"checked": False, "first_wrong": wrong}
+    done = [peer.one(tokens, output) for _ in range(runs)]
+    return row | {"checked": True} | latency_figures(model, done, prompt)
 
 
 def _engine(model: Model, configuration: Configuration, context: int) -> Engine:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from strobe.bench.engine_cases import Case, Network
     from strobe.bench.results import Row
     from strobe.bench.subject import Subject
+    from strobe.models.network import Model
 
 PEERS = ("transformers", "vllm", "vllm-in-process")
 Vs = Annotated[
@@ -49,13 +50,13 @@ def latency(
     from strobe.bench.engine_cases import Batch
 
     case = Batch(1, prompt, output)
-    peers = _check(plot, runs, vs, random)
+    peers = check(plot, runs, vs, random)
     subject = _subject(model, random, engine, device=device, dtype=dtype, kernel=kernel, linear=linear)
     peer = engine_peers.named("transformers", subject) if "transformers" in peers else None
     rows = bench.latency(subject, peer, prompt=prompt, output=output, runs=runs)
-    network = _network(subject)
+    network = network_of(subject.model)
     del subject, peer
-    rows += _vllm_rows(random, peers, case, runs, network)
+    rows += vllm_rows(random, peers, case, runs, network)
     title = f"{rows[0]['case']['model']}, prompt {prompt}, output {output}, {rows[0]['case']['dtype']}"
     columns = {
         "ttft_ms": "first token, ms",
@@ -93,16 +94,16 @@ def throughput(
     from strobe.bench.engine_cases import Load
 
     work = Load(requests, prompt, output)
-    peers = _check(plot, runs, vs, random)
+    peers = check(plot, runs, vs, random)
     subject = _subject(model, random, engine, device=device, dtype=dtype, kernel=kernel, linear=linear)
     peer = engine_peers.named("transformers", subject) if "transformers" in peers else None
     rows = bench.throughput(subject, peer, work, runs=runs)
-    network = _network(subject)
+    network = network_of(subject.model)
     for row in rows:
         figures = work.figures([[row["s"]]], network)
         row |= {name: figures[name] for name in ("gbps", "floor_percent") if name in figures}
     del subject, peer
-    rows += _vllm_rows(random, peers, work, runs, network)
+    rows += vllm_rows(random, peers, work, runs, network)
     lengths = f"prompts {prompt[0]} to {prompt[1]}, outputs {output[0]} to {output[1]}"
     title = f"{rows[0]['case']['model']}, {requests} requests, {lengths}, {rows[0]['case']['dtype']}"
     columns = {
@@ -117,7 +118,7 @@ def throughput(
     _report("throughput", rows, title, columns, plot=plot, save=save, commit=commit, json=json)
 
 
-def _check(plot: Path | None, runs: int, vs: str | None, random: str | None) -> tuple[str, ...]:
+def check(plot: Path | None, runs: int, vs: str | None, random: str | None) -> tuple[str, ...]:
     """Everything that can be said to be wrong before anything is loaded. The peers' names."""
     from strobe.bench import plots, vllm
     from strobe.errors import StrobeError
@@ -150,18 +151,20 @@ def _subject(
     return subject(model, random, device=devices.resolve(chosen.device), dtype=dtype, config=config)
 
 
-def _network(subject: Subject) -> Network:
+def network_of(model: Model) -> Network:
     from strobe.bench.ceilings import ceilings
     from strobe.bench.engine_cases import Network
 
-    on_gpu = subject.model.device.type == "cuda"
-    roof = ceilings("cuda", subject.dtype) if on_gpu else None
-    return Network(subject.model.config, subject.model.dtype, roof)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Network(
+        model.config, model.dtype, ceilings("cuda", dtype) if model.device.type == "cuda" else None
+    )
 
 
-def _vllm_rows(
+def vllm_rows(
     shape: str | None, peers: tuple[str, ...], case: Case, runs: int, network: Network
 ) -> list[Row]:
+    """vLLM's rows, where it is among the peers; strobe's network should be gone from the GPU by then."""
     from strobe.bench import engine_suite, vllm
     from strobe.bench.memory import let_go
 
