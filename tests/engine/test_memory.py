@@ -46,16 +46,18 @@ H200 = Memory(free=139 * GIB - WEIGHTS, total=140 * GIB)
     others=st.integers(0, 60),
     fraction=st.none() | st.floats(0.05, 1.0),
     seqs=st.integers(1, 600),
+    graphs=st.booleans(),
 )
-def test_what_is_planned_fits(total, others, fraction, seqs):
+def test_what_is_planned_fits(total, others, fraction, seqs, graphs):
     memory = Memory(max(0, (total - others) * GIB - WEIGHTS), total * GIB)
     options = {"max_num_seqs": seqs, "max_num_batched_tokens": 2048, "gpu_memory_fraction": fraction}
+    options["graphs"] = graphs
     try:
         found = plan(memory, **options)
     except SettingsError:
         assert memory.free < 8 * GIB or fraction is not None
         return
-    taken = found.pages * found.page_bytes + found.workspace
+    taken = found.pages * found.page_bytes + found.workspace + found.graphs
     assert taken <= memory.free
     if fraction is not None:
         assert memory.total - memory.free + taken <= fraction * memory.total
@@ -71,6 +73,11 @@ def test_the_plan_is_told_in_one_line():
     assert f"weights {WEIGHTS / GIB:.3g} GiB" in text
     assert f"for {found.pages * 16:,} tokens" in text
     assert "of 140 GiB" in text
+    assert "CUDA graphs" not in text
+    recorded = plan(H200, graphs=True)
+    assert f"{recorded.graphs / GIB:.3g} GiB for CUDA graphs" in str(recorded)
+    left = H200.free - recorded.pages * PAGE_BYTES - recorded.workspace - recorded.graphs
+    assert f"{left / GIB:.3g} GiB left free" in str(recorded)
 
 
 def test_a_fraction_takes_that_much_and_no_more():

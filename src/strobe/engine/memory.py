@@ -35,7 +35,8 @@ class Memory:
 class MemoryPlan:
     """`pages` pages of the KV cache, of `page_tokens` tokens each; bytes of everything else.
 
-    `workspace` is what a forward pass may need at most, by its sizes. `max_model_len` tokens fit the cache.
+    `workspace` is what a forward pass may need at most, by its sizes, `graphs` what CUDA graphs keep beside
+    it. `max_model_len` tokens fit the cache.
     """
 
     pages: int
@@ -44,15 +45,17 @@ class MemoryPlan:
     max_model_len: int
     weights: int
     workspace: int
+    graphs: int
     memory: Memory
     device: str
 
     def __str__(self) -> str:
         cache = self.pages * self.page_bytes
-        left = self.memory.free - cache - self.workspace
+        left = self.memory.free - cache - self.workspace - self.graphs
+        captured = f", {_gib(self.graphs)} for CUDA graphs" if self.graphs else ""
         return (
             f"memory on {self.device}: weights {_gib(self.weights)}, KV cache {_gib(cache)} for "
-            f"{self.pages * self.page_tokens:,} tokens, up to {_gib(self.workspace)} for a step, "
+            f"{self.pages * self.page_tokens:,} tokens, up to {_gib(self.workspace)} for a step{captured}, "
             f"{_gib(max(0, left))} left free of {_gib(self.memory.total)}"
         )
 
@@ -71,8 +74,8 @@ def plan_memory(model: Model, config: EngineConfig, memory: Memory | None = None
     if context > network.max_position:
         raise SettingsError(f"max_model_len is {context}; the model's context is {network.max_position}")
     on_gpu = model.device.type == "cuda"
-    workspace = _workspace(network, config, model.dtype.itemsize, on_gpu=on_gpu)
-    sizes = _Sizes(memory, page_bytes, config.page_size, workspace)
+    workspace, captured = _workspace(network, config, model.dtype.itemsize, on_gpu=on_gpu)
+    sizes = _Sizes(memory, page_bytes, config.page_size, workspace + captured)
     pages = _pages(sizes, config, context, on_gpu=on_gpu)
     room = pages * config.page_size
     if config.max_model_len is not None and room < context:
@@ -86,7 +89,8 @@ def plan_memory(model: Model, config: EngineConfig, memory: Memory | None = None
         page_bytes,
         min(context, room),
         sum(tensor.nbytes for tensor in tensors(model.weights)),
-        sizes.workspace,
+        workspace,
+        captured,
         memory,
         str(model.device),
     )
@@ -114,6 +118,7 @@ class _Sizes:
     page_bytes: int
     page_tokens: int
     workspace: int
+    """With what CUDA graphs keep."""
 
     @property
     def room(self) -> int:
@@ -178,8 +183,9 @@ def _wanted(config: EngineConfig, context: int) -> int:
     return config.max_num_seqs * -(-context // config.page_size)
 
 
-def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int, *, on_gpu: bool) -> int:
-    """Bytes of a step's tensors at its largest: of one layer's, the widest at a time, and of the logits.
+def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int, *, on_gpu: bool) -> tuple[int, int]:
+    """Bytes of a step's tensors at its largest: of one layer's, the widest at a time, and of the logits; and
+    what CUDA graphs keep beside them.
 
     A layer holds the stream, its norm, and gate, up and their product, or q, k, v and what attention
     gives. Beside logits there are counts for penalties, and what torch's draw makes of them. CUDA graphs
@@ -190,7 +196,7 @@ def _workspace(network: ModelConfig, config: EngineConfig, itemsize: int, *, on_
     rows, drawn = config.max_num_seqs, 4 if on_gpu and config.sampling_kernel != "torch" else 4 * 4
     step = config.step_tokens * a_token + rows * network.vocab_size * (itemsize + drawn)
     captured = min(rows, graphs.LARGEST) * (a_token + network.vocab_size * itemsize)
-    return step + (captured if config.graphs else 0) + (_LIBRARIES if on_gpu else 0)
+    return step + (_LIBRARIES if on_gpu else 0), captured if config.graphs else 0
 
 
 def _gib(size: int) -> str:
