@@ -101,14 +101,15 @@ class Case:
             return Packed(sums, int32(np.cumsum([0, *kv_lens])), **longest), (sum(kv_lens),), None
         counts = [-(-n // self.page_size) for n in kv_lens]
         pages = sum(counts) + 3
-        shuffled = torch.randperm(pages, generator=rng).tolist()
+        shuffled = torch.randperm(pages, generator=rng)
         table = np.full((len(self.rows), max(counts, default=0) + 1), 2**31 - 1)
         used = torch.zeros(pages, self.page_size, dtype=torch.bool)
-        for row, count in enumerate(counts):
-            mine = [shuffled.pop() for _ in range(count)]
+        first = 0
+        for row, (count, kv_len) in enumerate(zip(counts, kv_lens, strict=True)):
+            mine = shuffled[first : first + count]
             table[row, :count] = mine
-            for i, page in enumerate(mine):
-                used[page, : kv_lens[row] - i * self.page_size] = True
+            used[mine] = (torch.arange(count * self.page_size) < kv_len).view(count, self.page_size)
+            first += count
         cu_seqlens_q = sums if self.layout == "paged_packed" else None
         layout = Paged(int32(table), int32(kv_lens), cu_seqlens_q, **longest)
         return layout, (pages, self.page_size), used.to(device)

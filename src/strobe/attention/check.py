@@ -41,6 +41,70 @@ class Verdict:
         )
 
 
+@dataclass(frozen=True)
+class _RowAnswer:
+    """What float64 gives for the picked queries of a row: out `[q_heads, picked, head_dim]`, lse `[q_heads,
+    picked]`."""
+
+    row: int | slice
+    """Where the row stands: its index, or its tokens among those of all rows."""
+    picked: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What any number of outputs of one problem are compared with."""
+
+    problem: AttentionProblem
+    rows: list[_RowAnswer]
+    plain_error: float
+
+    @classmethod
+    def of(
+        cls, problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: int = 0
+    ) -> Answers:
+        """In float64 on the tensors' own device; `seed` picks queries of rows with over 192."""
+        rng = torch.Generator().manual_seed(seed)
+        answers: list[_RowAnswer] = []
+        plain_error = 0.0
+        for row in rows_of(problem, q, k, v):
+            if not len(row.q):
+                continue
+            picked = _pick(len(row.q), rng).to(q.device)
+            sees = row.visible(problem)[picked] if problem.masked else None
+            out, lse = _attend(problem, row, picked, sees, torch.float64)
+            # one order of summation may be lucky: the plain error is the worse of two
+            for backwards in (False, True):
+                plain, _ = _attend(problem, row, picked, sees, q.dtype, backwards)
+                plain_error = max(plain_error, _difference(plain, out))
+            stands = slice(row.q_start, row.q_start + len(row.q)) if row.packed else row.index
+            answers.append(_RowAnswer(stands, picked, out, lse))
+        return cls(problem, answers, plain_error)
+
+    def verdict(self, out: torch.Tensor, lse: torch.Tensor | None = None) -> Verdict:
+        """Compare `out` and `lse`; NaN anywhere in them fails, also at queries that are not picked."""
+        problem = self.problem
+        error = scale = lse_error = 0.0
+        for answer in self.rows:
+            error = max(error, _difference(out[answer.row][answer.picked].transpose(0, 1), answer.out))
+            scale = max(scale, float(answer.out.abs().max()))
+            if lse is not None:
+                given = lse[:, answer.row] if isinstance(answer.row, slice) else lse[answer.row]
+                lse_error = max(lse_error, _difference(given[:, answer.picked], answer.lse))
+        if bool(out.isnan().any()) or (lse is not None and bool(lse.isnan().any())):
+            error = float("inf")
+        # eps is the spacing at 1, two roundings. A 16-bit answer is summed in more bits than it is given in;
+        # a wider one is not: added up key by key its roundings walk at random, as blocked sums hardly do.
+        finfo = torch.finfo(getattr(torch, problem.dtype))
+        spacings = 1 if finfo.bits == 16 else max(3.0, math.sqrt(problem.kv_len) / 2)
+        allowed = 2 * self.plain_error + spacings * finfo.eps * max(scale, 1e-6)
+        return Verdict(
+            error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(problem, lse))
+        )
+
+
 def verdict(
     problem: AttentionProblem,
     q: torch.Tensor,
@@ -55,30 +119,7 @@ def verdict(
     Rows of over 192 queries are checked at their first, their last and at random queries, over all
     keys and heads; every element is checked for NaN.
     """
-    rng = torch.Generator().manual_seed(seed)
-    error = plain_error = scale = lse_error = 0.0
-    for row in rows_of(problem, q, k, v):
-        if not len(row.q):
-            continue
-        picked = _pick(len(row.q), rng).to(q.device)
-        sees = row.visible(problem)[picked] if problem.masked else None
-        oracle, oracle_lse = _attend(problem, row, picked, sees, torch.float64)
-        # one order of summation may be lucky: the plain error is the worse of two
-        plains = [_attend(problem, row, picked, sees, q.dtype, backwards)[0] for backwards in (False, True)]
-        given = out[row.q_start : row.q_start + len(row.q)] if row.packed else out[row.index]
-        error = max(error, _difference(given[picked].transpose(0, 1), oracle))
-        plain_error = max(plain_error, *(_difference(plain, oracle) for plain in plains))
-        scale = max(scale, float(oracle.abs().max()))
-        if lse is not None:
-            given_lse = lse[:, row.q_start : row.q_start + len(row.q)] if row.packed else lse[row.index]
-            lse_error = max(lse_error, _difference(given_lse[:, picked], oracle_lse))
-    if bool(out.isnan().any()) or (lse is not None and bool(lse.isnan().any())):
-        error = float("inf")
-    # eps is the spacing at 1, two roundings. A 16-bit answer is summed in more bits than it is given in; a
-    # wider one is not: added up key by key its roundings walk at random, as blocked sums hardly do.
-    spacings = 1 if torch.finfo(q.dtype).bits == 16 else max(3.0, math.sqrt(problem.kv_len) / 2)
-    allowed = 2 * plain_error + spacings * torch.finfo(q.dtype).eps * max(scale, 1e-6)
-    return Verdict(error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(problem, lse)))
+    return Answers.of(problem, q, k, v, seed).verdict(out, lse)
 
 
 def _lse_scale(problem: AttentionProblem, lse: torch.Tensor | None) -> float:

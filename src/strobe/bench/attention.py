@@ -10,7 +10,7 @@ import torch
 
 from strobe.attention import ladder
 from strobe.attention.cases import Case, Inputs
-from strobe.attention.check import verdict
+from strobe.attention.check import Answers
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.bench.decode import FLOAT8, Float8Case
 from strobe.bench.peers import Peer
@@ -118,6 +118,7 @@ def measure_all(
         inputs = case.inputs(torch_dtype(dtype), device)
         if not case.rows or not inputs.problem.bytes():
             raise ProblemError(f"nothing to measure ({inputs.problem}); supported: rows and lengths from 1")
+        answers = Answers.of(inputs.problem, inputs.q, inputs.k, inputs.v)
         rows, clocks = [], []
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
@@ -126,7 +127,7 @@ def measure_all(
                         f"{provider.name} refuses ({inputs.problem}): {'; '.join(reasons)}"
                     )
                 continue
-            row = _checked(case, dtype, provider, inputs)
+            row = _checked(case, dtype, provider, inputs, answers)
             rows.append(row)
             if row["checked"]:  # a wrong answer has no speed
                 clocks.append((row, provider))
@@ -139,9 +140,9 @@ def measure_all(
         yield from rows
 
 
-def _checked(case: Case, dtype: str, provider: Provider, inputs: Inputs) -> Row:
+def _checked(case: Case, dtype: str, provider: Provider, inputs: Inputs, answers: Answers) -> Row:
     out, peak = _peak_bytes(provider.bind(inputs), inputs)
-    found = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out)
+    found = answers.verdict(out)
     return {
         "case": described(case, dtype),
         "provider": provider.name,
