@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from strobe.errors import ProblemError
 from strobe.integrations import transformers as strobe_transformers
 
 SMALL = {
@@ -66,3 +67,35 @@ def test_logits_are_equal_without_a_mask() -> None:
         with torch.no_grad():
             logits[implementation] = model(prompt).logits
     torch.testing.assert_close(logits["strobe"], logits["eager"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_cache_of_a_fixed_size(family: str) -> None:
+    """Its keys are more than the prompt's, which transformers gives without a mask."""
+    strobe_transformers.register()
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    prompt = torch.randint(1, 97, (2, 9))
+    options = {"cache_implementation": "static", "eos_token_id": None, "output_scores": True}
+    scores = {}
+    for implementation in ("eager", "strobe"):
+        model.set_attn_implementation(implementation)
+        made = model.generate(
+            prompt, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **options
+        )
+        scores[implementation] = torch.stack(made.scores)
+    torch.testing.assert_close(scores["strobe"], scores["eager"], atol=1e-4, rtol=0)
+
+
+def test_values_narrower_than_keys() -> None:
+    strobe_transformers.register()
+    query, key, value = torch.randn(2, 6, 7, 16), torch.randn(2, 6, 7, 16), torch.randn(2, 6, 7, 10)
+    module = torch.nn.Module()
+    out, _ = strobe_transformers.attention_forward(module, query, key, value, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=1e-5, rtol=0)
+
+
+def test_more_causal_queries_than_keys_are_refused() -> None:
+    query, key = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 5, 8)
+    with pytest.raises(ProblemError, match="7 causal queries of 5 keys"):
+        strobe_transformers.attention_forward(torch.nn.Module(), query, key, key, None)

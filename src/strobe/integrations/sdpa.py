@@ -43,7 +43,7 @@ def scaled_dot_product_attention(
         given = ", ".join(str(list(x.shape)) for x in (query, key, value))
         raise ProblemError(f"query, key and value are {given}; supported: equal leading dimensions")
     scale = query.shape[-1] ** -0.5 if scale is None and query.shape[-1] else scale
-    query, key, value, width = _of_one_width(query, key, value)
+    query, key, value, width = of_one_width(query, key, value)
     q, k, v = (_four(x if x.stride(-1) == 1 else x.contiguous()) for x in (query, key, value))
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads != kv_heads and not enable_gqa:
@@ -59,14 +59,14 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if attn_mask.dim() > 3 and query.dim() > 4:  # only then has it leading dimensions of its own
             attn_mask = attn_mask.expand(*query.shape[:-3], *attn_mask.shape[-3:])
-        bias = _four(_additive(attn_mask, q.dtype))
+        bias = _four(additive(attn_mask, q.dtype))
     out = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=window, scale=scale, bias=bias
     )
     return cast(torch.Tensor, out).transpose(1, 2).reshape(query.shape)[..., :width]
 
 
-def _of_one_width(
+def of_one_width(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """q, k and v with zeros behind the narrower, which change no score, and the width of the values."""
@@ -83,7 +83,8 @@ def _four(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, -4)
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask (True: may attend) as numbers to add; others as they are."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -14,6 +14,7 @@ import torch
 from strobe.attention.api import attention
 from strobe.attention.problem import UNLIMITED
 from strobe.errors import MissingExtraError, ProblemError
+from strobe.integrations.sdpa import additive, of_one_width
 
 NAME = "strobe"
 
@@ -42,23 +43,26 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention call: `[batch, heads, len, head_dim]` in, `[batch, len, heads, head_dim]` out.
 
-    Without a mask, attention is causal where the module says so (`is_causal`); a mask (bool, True:
-    may attend, or additive) already holds the causal and the window part. `sliding_window` (keys a
-    query sees, itself included), `softcap` and `s_aux` (sinks) come as keywords.
+    Without a mask, attention is causal where the module says so (`is_causal`), aligned top-left: a cache of
+    a fixed size has room behind the prompt. A mask (bool, True: may attend, or additive) already holds the
+    causal and the window part. `sliding_window` (keys a query sees, itself included), `softcap` and `s_aux`
+    (sinks) come as keywords.
     """
     if dropout:
         raise ProblemError(f"dropout is {dropout}; supported: 0.0", hint="call model.eval()")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bias = None
+    q_len, kv_len, bias = query.shape[2], key.shape[2], None
     window = (UNLIMITED, UNLIMITED)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None:
-        bias = attention_mask[..., : key.shape[2]]
-        if bias.dtype == torch.bool:
-            zeros = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
-            bias = zeros.masked_fill_(~bias, float("-inf"))
-    elif causal and query.shape[2] > 1:
+        bias = additive(attention_mask[..., :kv_len], query.dtype)
+    elif causal and q_len > 1:
+        if q_len > kv_len:
+            raise ProblemError(f"{q_len} causal queries of {kv_len} keys; supported: a key for every query")
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
         left = kwargs.get("sliding_window")
         window = (UNLIMITED if left is None else left - 1, 0)
+    query, key, value, width = of_one_width(query, key, value)
     out = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -69,4 +73,4 @@ def attention_forward(
         sinks=kwargs.get("s_aux"),
         bias=bias,
     )
-    return cast(torch.Tensor, out), None
+    return cast(torch.Tensor, out)[..., :width], None
