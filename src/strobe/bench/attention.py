@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +21,13 @@ from strobe.bench.results import Row
 from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
 from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 
+_log = logging.getLogger(__name__)
 _DTYPES = ("float32", "bfloat16", "float16")
 _CACHES_BYTES = 192 << 20
 """Replays rotate among input sets that together outgrow any L2 cache."""
 _LARGE_BYTES = 2 << 30
 """Of a set this large, what the L2 cache keeps of the call before is nothing."""
-
-
+_PARTS = ("inputs and oracle", "first calls", "captures", "timing")
 _SETTLED = "bench: the same layout, settled"
 
 
@@ -115,10 +118,12 @@ def measure_all(
         ProblemError: a case without rows, or without anything to read.
     """
     for case in cases:
+        marks = [time.perf_counter()]
         inputs = case.inputs(torch_dtype(dtype), device)
         if not case.rows or not inputs.problem.bytes():
             raise ProblemError(f"nothing to measure ({inputs.problem}); supported: rows and lengths from 1")
         answers = Answers.of(inputs.problem, inputs.q, inputs.k, inputs.v)
+        marks.append(time.perf_counter())
         rows, clocks = [], []
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
@@ -131,12 +136,19 @@ def measure_all(
             rows.append(row)
             if row["checked"]:  # a wrong answer has no speed
                 clocks.append((row, provider))
+        marks.append(time.perf_counter())
         replayed = inputs.problem.device == "cuda" and (replay or inputs.problem.phase == "decode")
         sets = [inputs, *(_more_inputs(inputs) if replayed else [])]
         turns = [_clock(provider, sets, replayed) for _, provider in clocks]
+        marks.append(time.perf_counter())
         timings = in_turns(turns, budget_ms=budget_ms)
+        marks.append(time.perf_counter())
         for (row, _), timing in zip(clocks, timings, strict=True):
             row |= _figures(inputs.problem, timing)
+        spent = [
+            f"{end - start:.1f} s {what}" for (start, end), what in zip(pairwise(marks), _PARTS, strict=True)
+        ]
+        _log.info("%s: %s", case, ", ".join(spent))
         yield from rows
 
 
