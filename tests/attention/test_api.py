@@ -53,6 +53,15 @@ BAD_CALLS = {
     "seq_lens is torch.int64 [2]": lambda: attention(
         Q, K, V, layout=Paged(int32(0, 1).view(2, 1), torch.tensor([7, 7]))
     ),
+    "page_table's last dimension is not contiguous": lambda: attention(
+        Q, K, V, layout=Paged(int32(0, 1, 1, 0).view(2, 2).t(), int32(7, 7))
+    ),
+    "seq_lens's last dimension is not contiguous": lambda: attention(
+        Q, K, V, layout=Paged(int32(0, 1).view(2, 1), int32(7, 0, 7, 0)[::2])
+    ),
+    "cu_seqlens_kv's last dimension is not contiguous": lambda: attention(
+        Q[0], K[0], V[0], layout=Packed(int32(0, 5), int32(0, 0, 7)[::2])
+    ),
     "a row has 8 keys; page_table [2, 1] holds 7": lambda: attention(
         Q, K, V, layout=Paged(int32(0, 1).view(2, 1), int32(7, 8))
     ),

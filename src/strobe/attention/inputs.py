@@ -202,6 +202,8 @@ def _check_index(name: str, tensor: Any, dims: int, q: torch.Tensor) -> None:
         raise ProblemError(f"{name} is {given}; supported: an int32 tensor of {dims} dimension{plural}")
     if tensor.device != q.device:
         raise ProblemError(f"{name} is on {tensor.device}, q on {q.device}; supported: one device")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ProblemError(f"{name}'s last dimension is not contiguous", hint=f"pass {name}.contiguous()")
 
 
 def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
