@@ -66,11 +66,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.SHAPES, "llama3.2-1b", SMALL)
 
 
-def measure(*peers: str, cases=CASES) -> list[dict]:
+def measure(*peers: str, cases=CASES, options=TORCH) -> list[dict]:
     return list(
         engine_suite.measure(
             "llama3.2-1b", engine_suite.Plan(cases, 2, peers), ROOF, device="cpu", dtype="float32",
-            configure=lambda context: EngineConfig(max_model_len=context, kv_cache_pages=64, **TORCH),
+            configure=lambda context: EngineConfig(max_model_len=context, kv_cache_pages=64, **options),
         )
     )  # fmt: skip
 
@@ -101,6 +101,15 @@ def test_rows_of_every_engine(fake_vllm) -> None:
     table = engine_tables.table(rows)
     assert f"{rows[0]['tok_s'] / rows[3]['tok_s']:.2f}" in table
     assert "3 requests, prompts 2 to 9, outputs 2 to 7" in table
+
+
+def test_what_determinism_costs_stands_beside_the_rows_without_it() -> None:
+    rows = measure()
+    exact = measure(options={"deterministic": True})
+    assert {row["provider"] for row in exact} == {"strobe, deterministic"}
+    both = engine_suite.merged(Result("engine", rows), exact)
+    assert both == [*rows, *exact]
+    assert "| strobe, deterministic |" in engine_tables.table(both)
 
 
 def test_figures_come_from_the_middle_runs() -> None:

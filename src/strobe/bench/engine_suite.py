@@ -104,7 +104,7 @@ def in_process(subject: Subject, plan: Plan, network: Network) -> Iterator[Row]:
             jobs = case.jobs(network.config.vocab_size, plan.runs)
             row: Row = {
                 "case": subject.case(**case.sizes()),
-                "provider": engine.name,
+                "provider": _provider(subject, engine),
                 **({"engine": _chosen(subject.engine.config)} if isinstance(engine, Strobe) else {}),
                 "checked": holds(subject, engine, jobs[-1]),
             }
@@ -138,6 +138,12 @@ def holds(subject: Subject, engine: Strobe | Transformers, job: Job) -> bool:
     answers = _many(engine, job.prompts, outputs)
     picked = sorted({0, len(answers) - 1})[:_CHECKED]
     return all(first_wrong(subject.model, job.prompts[i], answers[i]) is None for i in picked)
+
+
+def _provider(subject: Subject, engine: Strobe | Transformers) -> str:
+    """What `deterministic` costs is told beside the rows without it, in one file (`merged`)."""
+    exact = isinstance(engine, Strobe) and subject.engine.config.deterministic
+    return f"{engine.name}, deterministic" if exact else engine.name
 
 
 def _chosen(config: EngineConfig) -> dict[str, Any]:
