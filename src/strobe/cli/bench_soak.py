@@ -32,7 +32,7 @@ def soak(
 
     The cache holds half of what the requests may need, so that some are preempted (`--engine
     kv_cache_pages=N` for another size). The exit code is 1 where a request was lost or cut short, a page is
-    still held, or a greedy answer is wrong.
+    still held, memory grew, or a greedy answer is wrong.
     """
     from strobe.bench import soak as bench
     from strobe.bench.subject import subject
@@ -55,7 +55,7 @@ def soak(
         row = bench.run(measured, load, lambda done: bar.update(task, completed=done))
     if not bench_options.finish("soak", [row], save=save, commit=commit, json=json):
         growth = [row["host_growth_bytes"], row["device_growth_bytes"]]
-        host, gpu = ("–" if size is None else f"{size / 2**20:+.1f} MiB" for size in growth)
+        host, gpu = (f"{size / 2**20:+.1f} MiB" for size in growth)
         console.write_table(
             ["", ""],
             [
@@ -65,7 +65,7 @@ def soak(
                 ["preemptions", str(row["preemptions"])],
                 ["prompt tokens found in the cache", str(row["prefix_hits"])],
                 ["pages still held", f"{row['used_pages']} of {row['case']['pages']}"],
-                ["memory gained since the first fifth", f"host {host}, GPU {gpu}"],
+                ["memory gained over the second half", f"host {host}, GPU {gpu}"],
             ],
         )
     if not row["checked"]:
