@@ -95,6 +95,7 @@ def test_soak(cli: Cli, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("profile", "--steps", "0"), "steps is 0"),
         (("profile", "--batch", "0"), "batch 0"),
         (("profile", "--trace", os.path.join("no", "such", "x.json")), "no such folder"),
+        (("profile", "--trace", os.curdir), "is a folder"),
         (("startup", "--runs", "0"), "runs is 0"),
         (("startup", "--random", "llama3-9b"), "did you mean 'llama3-8b'?"),
         (("startup", "--random", "llama3-8b", "--model", "x"), "--model and --random are both given"),

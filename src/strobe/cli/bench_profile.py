@@ -52,6 +52,8 @@ def profile(
         raise StrobeError(f"steps is {steps}; supported: 1 to 1000")
     if trace is not None and not trace.parent.is_dir():
         raise StrobeError(f"{trace}: no such folder")
+    if trace is not None and trace.is_dir():
+        raise StrobeError(f"{trace} is a folder; supported: a file to write")
     case = Batch(batch, context, steps + 16)
     chosen = settings.load(device=device, kernel=kernel, linear=linear)
     where = devices.resolve(chosen.device)
