@@ -1,102 +1,103 @@
-"""What Triton's tuner chose, kept in a file."""
+"""Which of a Triton kernel's configurations is taken: timed once, and kept in a file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
 
 from strobe.attention import triton_tuned
+from strobe.attention.prefill import triton_fused
+from strobe.attention.triton_launch import Kernel
+from strobe.attention.triton_tuned import Config
 from strobe.cuda import cache
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+KERNEL = Kernel("strobe.attention.prefill.triton_fused_kernel", "attend")
+SLOW, FAST = Config(64, 64, 4, 3), Config(128, 32, 8, 2)
 
 
-def tuner(*tiles: int) -> Any:
-    def kernel() -> None: ...
-
-    fn = SimpleNamespace(cache_key="a hash of its source", __name__=kernel.__name__)
-    configs = [triton.Config({"TILE": tile}, num_warps=4, num_stages=2) for tile in tiles]
-    return SimpleNamespace(fn=fn, configs=configs, cache={})
-
-
-KEYS = [(64, True, "torch.bfloat16"), (128, False, "torch.float16")]
-
-
-def test_another_process_gets_the_same_choices(tmp_path: Path) -> None:
-    first, second = tuner(32, 64), tuner(32, 64)
-    first.cache = dict(zip(KEYS, reversed(first.configs), strict=True))
-    triton_tuned.keep(first, tmp_path / "new" / "choices.json")
-    triton_tuned.recall(second, tmp_path / "new" / "choices.json")
-    assert second.cache == {KEYS[0]: second.configs[1], KEYS[1]: second.configs[0]}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["choices.json"]
-
-
-@pytest.mark.parametrize("content", ["", "{", "7", "[1]", '[[["a"], {"TILE": 7}]]', '[[[["a"]], {}]]', None])
-def test_what_cannot_be_read_is_measured_again(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "choices.json"
-    if content is not None:
-        path.write_text(content)
-    again = tuner(32, 64)
-    triton_tuned.recall(again, path)
-    assert again.cache == {}
-
-
-def test_choices_among_other_configurations_are_not_taken(tmp_path: Path) -> None:
-    first, other = tuner(32, 64), tuner(16, 128)
-    first.cache = {KEYS[0]: first.configs[0]}
-    triton_tuned.keep(first, tmp_path / "choices.json")
-    triton_tuned.recall(other, tmp_path / "choices.json")
-    assert other.cache == {}
-    assert triton_tuned.path_of(first, "a GPU") != triton_tuned.path_of(other, "a GPU")
-    assert triton_tuned.path_of(first, "a GPU") != triton_tuned.path_of(first, "another GPU")
-
-
-def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    triton_tuned.keep(tuner(32, 64), tmp_path / "file" / "choices.json")
-
-
-def test_clearing_the_cache_takes_choices_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Config]]:
+    """What was timed: FAST is always faster. GPU 0 and 1 are of one name, 2 is another."""
     monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path))
-    mine = tuner(32, 64)
-    triton_tuned.keep(mine, triton_tuned.path_of(mine, "a GPU"))
+    monkeypatch.setattr(triton_tuned, "gpu", lambda index: SimpleNamespace(name=f"GPU {index // 2}"))
+    monkeypatch.setattr(triton_tuned, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    seen: list[list[Config]] = []
+
+    def measure(calls: list[Callable[[], Config]]) -> list[float]:
+        seen.append([call() for call in calls])
+        return [1.0 if config == FAST else 2.0 for config in seen[-1]]
+
+    monkeypatch.setattr(triton_tuned, "measure", measure)
+    return seen
+
+
+def choose(kind: str = "head_dim 64", configs: tuple[Config, ...] = (SLOW, FAST), device: int = 0) -> Config:
+    return triton_tuned.choose(KERNEL, kind, configs, lambda config: lambda: config, device)
+
+
+def test_each_kind_is_timed_once_and_the_next_process_finds_it(timed: list[list[Config]]) -> None:
+    for _ in range(2):
+        for kind in ("head_dim 64", "head_dim 128", "head_dim 64"):
+            assert choose(kind) == FAST
+        triton_tuned._chosen.clear()  # as in a new process
+    assert timed == [[SLOW, FAST]] * 2
+
+
+def test_a_gpu_of_the_same_name_has_the_same_choice_and_another_its_own(timed: list[list[Config]]) -> None:
+    for device in (0, 1, 2):
+        assert choose(device=device) == FAST
+    assert len(timed) == 2
+
+
+def test_a_choice_that_is_no_configuration_any_more_is_made_anew(timed: list[list[Config]]) -> None:
+    assert choose() == FAST
+    triton_tuned._chosen.clear()
+    assert choose(configs=(SLOW,)) == SLOW
+    assert timed == [[SLOW, FAST], [SLOW]]
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", "[1]", '{"head_dim 64": 7}', '{"head_dim 64": [1]}', "\0"])
+def test_a_file_that_cannot_be_read_is_made_anew(content: str, timed: list[list[Config]]) -> None:
+    path = triton_tuned.path_of(KERNEL, "GPU 0")
+    path.parent.mkdir()
+    path.write_text(content)
+    assert choose() == FAST
+    assert triton_tuned.recall(path) == {"head_dim 64": FAST}
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(timed: list[list[Config]]) -> None:
+    cache.folder().write_text("")
+    assert choose() == FAST
+
+
+def test_nothing_is_timed_nor_kept_while_a_graph_is_captured(
+    timed: list[list[Config]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert choose() == SLOW
+        assert timed == []
+    assert choose() == FAST
+
+
+def test_clearing_the_cache_takes_choices_along(timed: list[list[Config]]) -> None:
+    choose()
     assert cache.clear() == 1
     assert not list(cache.folder().iterdir())
 
 
-def test_the_kernel_has_what_a_choice_is_kept_by() -> None:
-    from strobe.attention.prefill.triton_fused_kernel import attend
-
-    if len(attend.configs) == 1:
-        pytest.skip("TRITON_INTERPRET=1: nothing is tuned")
-    assert triton_tuned.path_of(attend, "a GPU").name.startswith("triton-attend-")
-
-
-def test_a_launch_keeps_what_was_tuned_and_the_next_process_finds_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from strobe.attention.prefill import triton_fused_kernel as module
-
-    class Tuner(SimpleNamespace):
-        def __getitem__(self, grid: object) -> Any:
-            def run(*arguments: int, **constants: int) -> None:
-                key = (constants["HEAD_DIM"], "torch.float16")
-                if key not in self.cache:
-                    measured.append(key)
-                    self.cache[key] = self.configs[0]
-
-            return run
-
-    monkeypatch.setenv("STROBE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(module.device, "gpu", lambda index: SimpleNamespace(name=f"GPU {index}"))
-    measured: list[object] = []
-    for head_dim in (64, 64, 128, 64):
-        monkeypatch.setattr(module, "attend", Tuner(**vars(tuner(32, 64))))  # as in a new process
-        module._choices.cache_clear()
-        for _ in range(2):
-            module.launch(lambda tiles: (1, 1), 0, HEAD_DIM=head_dim)
-    module._choices.cache_clear()
-    assert measured == [(64, "torch.float16"), (128, "torch.float16")]
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize(("arch", "shared"), [(80, 166_912), (86, 101_376), (90, 232_448), (120, 101_376)])
+def test_some_configuration_fits_every_gpu(head_dim: int, arch: int, shared: int) -> None:
+    device = SimpleNamespace(arch=arch, shared_memory_per_block=shared)
+    fitting = triton_fused.fitting(head_dim, device)
+    assert 1 <= len(fitting) <= 2
+    for config in fitting:
+        assert 2 * head_dim * (config.q_tile + 2 * config.stages * config.k_tile) <= shared

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from ctypes import c_float, c_int32
 from typing import cast
 
 import torch
 
 from strobe.attention import one_query, triton
 from strobe.attention.problem import AttentionProblem, Paged
+from strobe.attention.triton_launch import Kernel, Stride, prepare
 from strobe.device import gpu
 
 IDEA = "Triton: a key head's whole group of queries on tensor cores, keys split over programs, then a merge"
 
+_PARTIALS, _MERGE = (Kernel(f"{__name__}_kernel", entry) for entry in ("partials", "merge"))
 _TILE_ELEMENTS = 8192
 """Of a tile of keys: 64 keys at head_dim 128, 16 KiB."""
 _STAGES = 5
@@ -39,30 +42,36 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    from strobe.attention.decode.triton_split_kernel import merge, partials
-
     layout, rows = cast(Paged, problem.layout), problem.batch * problem.q_heads
     sms = gpu(q.get_device()).sm_count if problem.device == "cuda" else 1
     splits = _splits(problem, _PROGRAMS_PER_SM * sms)
     o = torch.empty((rows, splits, problem.head_dim), dtype=torch.float32, device=q.device)
     m, total = torch.empty((2, rows, splits), dtype=torch.float32, device=q.device)
-    partials[(splits, problem.kv_heads, problem.batch)](
+    strides = q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], layout.page_table.stride(0)
+    arguments = (
         *(q, k, v, o, m, total, layout.seq_lens, layout.page_table),
-        *(q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3], layout.page_table.stride(0)),
-        problem.scale * math.log2(math.e),
-        HEAD_DIM=problem.head_dim,
-        GROUP=problem.group,
-        ROWS=max(16, 1 << (problem.group - 1).bit_length()),
-        PAGE_SIZE=problem.page_size,
-        TILE=_tile(problem),
-        num_stages=_STAGES,
+        *map(Stride, strides),
+        c_float(problem.scale * math.log2(math.e)),
     )
-    merge[(problem.q_heads, problem.batch)](
-        *(o, m, total, out, out if lse is None else lse, out.stride(0), out.stride(2), splits),
-        HEAD_DIM=problem.head_dim,
-        SPLITS=1 << (splits - 1).bit_length(),
-        WITH_LSE=lse is not None,
+    constants = {
+        "HEAD_DIM": problem.head_dim,
+        "GROUP": problem.group,
+        "ROWS": max(16, 1 << (problem.group - 1).bit_length()),
+        "PAGE_SIZE": problem.page_size,
+        "TILE": _tile(problem),
+    }
+    prepare(_PARTIALS, (splits, problem.kv_heads, problem.batch), arguments, constants, stages=_STAGES)()
+    merged = (
+        *(o, m, total, out, out if lse is None else lse),
+        *map(Stride, (out.stride(0), out.stride(2))),
+        c_int32(splits),
     )
+    constants = {
+        "HEAD_DIM": problem.head_dim,
+        "SPLITS": 1 << (splits - 1).bit_length(),
+        "WITH_LSE": lse is not None,
+    }
+    prepare(_MERGE, (problem.q_heads, problem.batch), merged, constants)()
 
 
 def _splits(problem: AttentionProblem, programs: int) -> int:

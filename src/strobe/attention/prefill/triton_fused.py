@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from ctypes import c_float, c_int32
+from functools import partial
 
 import torch
 
-from strobe.attention import dense, triton
+from strobe.attention import dense, triton, triton_tuned
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
+from strobe.attention.triton_launch import Kernel, LongStride, Rows, prepare
+from strobe.attention.triton_tuned import Config
+from strobe.device import Gpu, gpu
 
 IDEA = "one kernel of Triton tiles: the compiler does what the CUDA rungs do by hand"
 
@@ -15,6 +21,20 @@ _DTYPES = ("float16", "bfloat16")
 _HEAD_DIMS = (32, 64, 128, 256)
 _LONG = 2048
 """Keys from which a problem is tuned as a long one."""
+_KERNEL = Kernel(f"{__name__}_kernel", "attend")
+
+HOPPER = (
+    Config(64, 64, 4, 3),
+    Config(64, 128, 4, 2),
+    Config(128, 128, 8, 3),
+    Config(128, 64, 8, 2),
+    Config(64, 32, 4, 2),
+)
+"""The first two that fit are timed at the first call of each kind: compiling one takes 0.5 to 1 s. On an H200
+the first wins at head_dim 128, the second at 64."""
+OTHERS = (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 4, 2))
+"""Where products read registers alone, Hopper's first two spill hundreds of bytes."""
+_INTERPRETED = Config(32, 32, 4, 1)
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -48,46 +68,65 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    from strobe.attention.prefill.triton_fused_kernel import TensorDescriptor, launch
-
     if not k.numel():
         out.zero_()
         if lse is not None:
             lse.fill_(-math.inf)
         return
-    rows = (_as_rows(tensor) for tensor in (q, k, v))
-    described = [TensorDescriptor(r, list(r.shape), list(r.stride()), [1, problem.head_dim]) for r in rows]
+    call = partial(_prepare, problem, [_as_rows(tensor) for tensor in (q, k, v)], out, lse)
+    if problem.device == "cpu":
+        call(_INTERPRETED)()
+        return
+    device = out.get_device()
+    kind = f"head_dim {problem.head_dim}, {'causal' if problem.window[1] == 0 else 'full'}"
+    if problem.kv_len >= _LONG:
+        kind += ", long"
+    call(triton_tuned.choose(_KERNEL, kind, fitting(problem.head_dim, gpu(device)), call, device))()
+
+
+def fitting(head_dim: int, device: Gpu) -> list[Config]:
+    """Two configurations whose tiles of 16-bit elements fit a device's shared memory."""
+    room = device.shared_memory_per_block // (2 * head_dim)
+    configs = HOPPER if device.arch // 10 == 9 else OTHERS
+    return [each for each in configs if each.q_tile + 2 * each.stages * each.k_tile <= room][:2]
+
+
+def _prepare(
+    problem: AttentionProblem,
+    rows: list[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    config: Config,
+) -> Callable[[], None]:
+    tiles = (config.q_tile, config.k_tile, config.k_tile)
     sums = (out, out)
     if packed := isinstance(problem.layout, Packed):
         sums = problem.layout.cu_seqlens_q, problem.layout.cu_seqlens_kv
-
-    def grid(config: dict[str, int]) -> tuple[int, int]:
-        return -(-problem.q_len // config["Q_TILE"]), problem.batch * problem.q_heads
-
-    launch(
-        grid,
-        out.get_device(),
-        *described,
-        out,
-        # of lse's dtype also where there is none: the tuner tells problems apart by dtypes too
-        torch.empty(0, dtype=torch.float32, device=out.device) if lse is None else lse,
-        *sums,
-        problem.q_len,
-        problem.kv_len,
-        problem.q_heads,
+    strides = (
         0 if packed else out.stride(0),
         out.stride(-3),
         out.stride(-2),
         0 if packed or lse is None else lse.stride(0),
         0 if lse is None else lse.stride(-2),
-        problem.scale * math.log2(math.e),
-        HEAD_DIM=problem.head_dim,
-        GROUP=problem.group,
-        CAUSAL=problem.window[1] == 0,
-        PACKED=packed,
-        WITH_LSE=lse is not None,
-        LONG=problem.kv_len >= _LONG,
     )
+    arguments = (
+        *(Rows(tensor, (tile, problem.head_dim)) for tensor, tile in zip(rows, tiles, strict=True)),
+        *(out, out if lse is None else lse, *sums),
+        *map(c_int32, (problem.q_len, problem.kv_len, problem.q_heads)),
+        *map(LongStride, strides),
+        c_float(problem.scale * math.log2(math.e)),
+    )
+    constants = {
+        "HEAD_DIM": problem.head_dim,
+        "GROUP": problem.group,
+        "CAUSAL": problem.window[1] == 0,
+        "PACKED": packed,
+        "WITH_LSE": lse is not None,
+        "Q_TILE": config.q_tile,
+        "K_TILE": config.k_tile,
+    }
+    grid = -(-problem.q_len // config.q_tile), problem.batch * problem.q_heads
+    return prepare(_KERNEL, grid, arguments, constants, warps=config.warps, stages=config.stages)
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:

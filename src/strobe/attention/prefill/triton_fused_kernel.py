@@ -2,60 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from itertools import islice
-from pathlib import Path
-from typing import Any
-
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-from strobe import device
-from strobe.attention import triton_tuned
-
-__all__ = ["TensorDescriptor", "attend", "launch"]
-
-
-def _set_blocks(arguments: dict[str, Any]) -> None:
-    """Descriptors copy the tile that the configuration says."""
-    head_dim = arguments["HEAD_DIM"]
-    arguments["q_rows"].block_shape = [arguments["Q_TILE"], head_dim]
-    arguments["k_rows"].block_shape = [arguments["K_TILE"], head_dim]
-    arguments["v_rows"].block_shape = [arguments["K_TILE"], head_dim]
-
-
-def _config(q_tile: int, k_tile: int, warps: int, stages: int) -> triton.Config:
-    tiles = {"Q_TILE": q_tile, "K_TILE": k_tile}
-    return triton.Config(tiles, num_warps=warps, num_stages=stages, pre_hook=_set_blocks)
-
-
-_CONFIGS = [
-    _config(64, 64, 4, 3),
-    _config(64, 128, 4, 2),
-    _config(128, 128, 8, 3),
-    _config(128, 64, 8, 2),
-    _config(64, 32, 4, 2),
-]
-"""The first two that fit are timed at the first call of each kind: compiling one takes 0.5 to 1 s. On an H200
-the first wins at head_dim 128, the second at 64."""
-if knobs.runtime.interpret:  # nothing to time
-    _CONFIGS = [_config(32, 32, 4, 1)]
-
-
-def _fitting(
-    configs: list[triton.Config], arguments: dict[str, Any], **constants: Any
-) -> list[triton.Config]:
-    """Two whose tiles of 16-bit elements fit shared memory."""
-    room = device.gpu(arguments["out"].get_device()).shared_memory_per_block
-
-    def taken(config: triton.Config) -> int:
-        tiles = config.kwargs
-        return 2 * constants["HEAD_DIM"] * (tiles["Q_TILE"] + 2 * config.num_stages * tiles["K_TILE"])
-
-    return list(islice((config for config in configs if taken(config) <= room), 2))
 
 
 @triton.jit
@@ -87,21 +35,17 @@ def _attend_tiles(
     return acc, total, highest
 
 
-@triton.autotune(
-    _CONFIGS, key=["HEAD_DIM", "CAUSAL", "LONG"], prune_configs_by={"early_config_prune": _fitting}
-)
 @triton.jit
 def attend(
     q_rows, k_rows, v_rows, out, lse, cu_seqlens_q, cu_seqlens_kv, q_len, kv_len, q_heads,
     out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride, scale_log2,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
-    WITH_LSE: tl.constexpr, LONG: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    WITH_LSE: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. The descriptors are of `[batch x length, heads x head_dim]`.
 
     Keys that every query of the tile sees come first, unmasked; then those on the diagonal and the
     end; those that none of them sees are never touched. Where causal, long tiles start first.
-    LONG only tells kinds of problems apart for tuning.
     """
     batch, head = tl.program_id(1) // q_heads, tl.program_id(1) % q_heads
     q_tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
@@ -146,24 +90,3 @@ def attend(
         natural = tl.where(empty, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
         lse_at = lse + head * lse_head_stride + (q_row if PACKED else batch.to(tl.int64) * lse_batch_stride)
         tl.store(lse_at + row, natural, mask=valid)
-
-
-def launch(
-    grid: Callable[[dict[str, int]], tuple[int, int]], gpu: int, *arguments: Any, **constants: Any
-) -> None:
-    """`attend` on a GPU, or interpreted; what the tuner chooses is kept for other processes."""
-    if len(attend.configs) == 1:
-        attend[grid](*arguments, **constants)
-        return
-    path, known = _choices(gpu), len(attend.cache)
-    attend[grid](*arguments, **constants)
-    if len(attend.cache) > known:
-        triton_tuned.keep(attend, path)
-
-
-@cache
-def _choices(gpu: int) -> Path:
-    """Where those for this GPU are kept; the tuner has been given them."""
-    path = triton_tuned.path_of(attend, device.gpu(gpu).name)
-    triton_tuned.recall(attend, path)
-    return path
