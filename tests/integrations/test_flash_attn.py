@@ -97,6 +97,30 @@ def test_cache_is_appended_to_and_read(interleaved: bool, kv_max: int) -> None:
     torch.testing.assert_close(k_cache[untouched], caches[0, untouched])
 
 
+@pytest.mark.parametrize(("causal", "window"), [(False, (-1, -1)), (False, (4, 0)), (True, (4, -1))])
+def test_where_queries_are_rotated_to(causal: bool, window: tuple[int, int]) -> None:
+    """At their own positions where some key is hidden, else all at cache_seqlens."""
+    lengths = torch.tensor([4, 0, 13], dtype=torch.int32)
+    k_cache, v_cache = torch.randn(2, 3, 16, 2, 8)
+    q, k, v = torch.randn(3, 3, 4, 8), torch.randn(3, 3, 2, 8), torch.randn(3, 3, 2, 8)
+    angles = torch.randn(16, 4)
+    cos, sin = angles.cos(), angles.sin()
+    out = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cos, sin, lengths, causal=causal, window_size=window, num_splits=3
+    )
+    for row, n in enumerate(lengths.tolist()):
+        keys, values = k_cache[row, : n + 3], v_cache[row, : n + 3]
+        if window == (-1, -1):
+            turned = torch.stack([rotate(one, n, cos, sin, True) for one in q[row]])
+            expected = reference(turned, keys, values, False)
+        else:
+            turned = [rotate(one, n + i, cos, sin, True) for i, one in enumerate(q[row])]
+            seen = [slice(max(0, n + i - 4), n + i + 1) for i in range(3)]
+            rows = zip(turned, seen, strict=True)
+            expected = torch.cat([reference(one[None], keys[s], values[s], False) for one, s in rows])
+        torch.testing.assert_close(out[row], expected, atol=3e-6, rtol=0)
+
+
 def test_slices_of_a_longer_cache() -> None:
     """Rows of a slice lie further apart than they are long; a head-major cache is no run of pages at all."""
     whole = torch.randn(2, 3, 96, 2, 8)
