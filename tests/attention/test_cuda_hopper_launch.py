@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,15 +27,12 @@ class Recorder:
         self.prepared = 0
 
     def prepare(self, args: list[Any], **shape: Any) -> Recorder:
-        self._maps, self._params = [0, 0, 0], args[3]
+        self.pointers, self._params = [0, 0, 0, 0, 0], args[3]
         self.prepared += 1
         return self
 
-    def point(self, argument: int, address: int) -> None:
-        self._maps[argument] = address
-
-    def __call__(self, stream: int) -> None:
-        self.launches.append((list(self._maps), launching.Params.from_buffer_copy(self._params)))
+    def on(self, stream: int) -> None:
+        self.launches.append((self.pointers[:3], launching.Params.from_buffer_copy(self._params)))
 
 
 @pytest.fixture
@@ -42,8 +40,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
     monkeypatch.setattr(jit, "kernel", lambda *_: found)
     monkeypatch.setattr(cuda_hopper, "gpu", lambda _: SimpleNamespace(sm_count=132))
-    monkeypatch.setattr(launching, "next_tile", lambda *_: 0)
+    monkeypatch.setattr(launching, "counters", lambda _: {7: 70})
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     return found
 
 
@@ -107,15 +106,21 @@ def test_what_is_prepared_is_what_runs(recorder: Recorder, encoded: dict[int, in
         assert prepared == ran
 
 
-def test_an_address_off_sixteen_bytes_is_copied(recorder: Recorder, encoded: dict[int, int]) -> None:
-    q, k, v = qkv()
-    call = cuda_hopper.prepare(describe(q, k, v, Options()), q, k, v)
-    store = torch.empty(k.numel() + 1, dtype=k.dtype)
-    off = store[1:].view_as(k)
-    assert off.data_ptr() % 16
-    call(q, off, v, torch.empty_like(q), None)
-    assert off.data_ptr() not in encoded
-    assert recorder.launches
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_address_off_sixteen_bytes_is_copied(
+    which: int, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    monkeypatch.setattr(jit, "tensor_map", lambda at, *_, **__: encoded.append(at) or jit.TensorMap())
+    tensors = list(qkv())
+    call = cuda_hopper.prepare(describe(*tensors, Options()), *tensors)
+    store = torch.empty(tensors[which].numel() + 1, dtype=torch.bfloat16)
+    tensors[which] = store[1:].view_as(tensors[which])
+    assert tensors[which].data_ptr() % 16
+    for _ in range(2):
+        call(*tensors, torch.empty_like(tensors[0]), None)
+    assert tensors[which].data_ptr() not in encoded
+    assert len(recorder.launches) == 2
 
 
 def test_no_keys_need_no_map_of_their_own(recorder: Recorder, encoded: dict[int, int]) -> None:
@@ -124,18 +129,66 @@ def test_no_keys_need_no_map_of_their_own(recorder: Recorder, encoded: dict[int,
     assert list(encoded) == [q.data_ptr()]
 
 
-def test_tables_that_must_be_copied_are_copied_each_time(recorder: Recorder, encoded: dict[int, int]) -> None:
+def test_sinks_that_must_be_converted_are_converted_each_time(
+    recorder: Recorder, encoded: dict[int, int]
+) -> None:
     q, k, v = qkv()
-    table = torch.zeros(2, 3, dtype=torch.int32)[:, ::2]
-    lens = torch.tensor([5, 40], dtype=torch.int32)
-    problem = describe(q, k, v, Options(layout=Paged(table, lens)))
+    sinks = torch.randn(4).bfloat16()
+    problem = describe(q, k, v, Options(sinks=sinks))
     call = cuda_hopper.prepare(problem, q, k, v)
     for _ in range(2):
         before = recorder.prepared
         call(q, k, v, torch.empty_like(q), None)
         encoded.clear()
         assert recorder.prepared == before + 1
-        assert recorder.launches[-1][1].page_table != table.data_ptr()
+        assert recorder.launches[-1][1].sinks not in (None, sinks.data_ptr())
+
+
+def test_threads_at_once_have_arguments_of_their_own(
+    recorder: Recorder, encoded: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch gives the interpreter up: what it reads must not change meanwhile."""
+    calls = [qkv() for _ in range(3)]
+    problem = describe(*calls[0], Options())
+    outs = [torch.empty_like(q) for q, _, _ in calls]
+    together = threading.Barrier(len(calls))
+    seen: list[tuple[list[int], int]] = []
+
+    def prepare(args: list[Any], **_: Any) -> SimpleNamespace:
+        pointers, params = [0] * 5, args[3]
+
+        def on(stream: int) -> None:
+            together.wait(10)
+            seen.append((pointers[:3], params.out))
+
+        return SimpleNamespace(pointers=pointers, on=on)
+
+    monkeypatch.setattr(recorder, "prepare", prepare)
+    call = cuda_hopper.prepare(problem, *calls[0])
+    for _ in range(3):
+        threads = [
+            threading.Thread(target=call, args=(*tensors, out, None))
+            for tensors, out in zip(calls, outs, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    expected = [
+        ([encoded[x.data_ptr()] for x in tensors], out.data_ptr())
+        for tensors, out in zip(calls, outs, strict=True)
+    ]
+    assert sorted(seen) == sorted(3 * expected)
+
+
+def test_maps_are_bounded(encoded: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching.Maps, "MOST", 5)
+    q = qkv()[0]
+    maps = launching.Maps(q.dtype, q.shape, q.stride(), launching.ROWS)
+    for address in range(16, 16 * 20, 16):
+        assert maps[address] == encoded[address]
+        assert maps[address] == encoded[address]
+        assert len(maps) <= 5
 
 
 class TestCounters:
@@ -155,12 +208,12 @@ class TestCounters:
         return launching.Counters(0)
 
     def test_a_stream_keeps_its_own(self, counters: launching.Counters) -> None:
-        found = {stream: counters.of_stream(stream) for stream in range(20)}
+        found = {stream: counters[stream] for stream in range(20)}
         assert len(set(found.values())) == 20
-        assert all(counters.of_stream(stream) == address for stream, address in found.items())
+        assert all(counters[stream] == address for stream, address in found.items())
 
     def test_captured_launches_share_with_nobody(self, counters: launching.Counters) -> None:
-        eager = counters.of_stream(0)
+        eager = counters[0]
         taken = [counters.captured() for _ in range(7)]
         assert len({eager, *taken}) == 8
         assert not counters._free

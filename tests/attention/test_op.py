@@ -6,6 +6,8 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import strobe
 from strobe.attention import Packed, Paged
@@ -111,6 +113,57 @@ def test_a_traced_call_leaves_nothing_to_the_collector(layout: str) -> None:
         assert layouts() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_gradients_flow_through_every_kernel(wanted: str) -> None:
+    """Also where an earlier call wanted none, and found its plan."""
+    tensors = dict(zip("qkv", torch.randn(3, 2, 7, 4, 16), strict=True))
+    attention(**tensors, causal=True, kernel="textbook")
+    leaf = tensors[wanted].requires_grad_()
+    for _ in range(2):
+        gradients = []
+        for kernel in ("textbook", "torch_naive"):
+            out = attention(**tensors, causal=True, kernel=kernel)
+            gradients += torch.autograd.grad((out * torch.arange(16)).sum(), leaf)
+        torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            assert not attention(**tensors, causal=True, kernel="textbook").requires_grad
+
+
+def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:
+    with FakeTensorMode():
+        heads = (torch.empty(2, n, 9, 64, dtype=torch.bfloat16, device="cuda") for n in (8, 2, 2))
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        out, lse = strobe.attention(q, k, v, return_lse=True)
+    assert out.shape == q.shape
+    assert out.is_contiguous()
+    assert lse.shape == (2, 8, 9)
+    assert (out.device.type, lse.dtype) == ("cuda", torch.float32)
+
+
+def test_a_dispatch_mode_sees_the_operator() -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = torch.randn(3, 2, 7, 4, 16)
+    expected = attention(q, k, v)
+    with Watch():
+        given = attention(q, k, v)
+    assert "strobe.attention.default" in seen
+    torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("kernel", ["torch_naive", "textbook"])
+def test_vmap_is_a_loop_over_calls(kernel: str) -> None:
+    q, k, v = torch.randn(3, 5, 2, 7, 4, 16)
+    each = torch.stack([attention(*one, causal=True, kernel=kernel) for one in zip(q, k, v, strict=True)])
+    given = torch.vmap(lambda q, k, v: attention(q, k, v, causal=True, kernel=kernel))(q, k, v)
+    torch.testing.assert_close(given, each)
 
 
 def test_packed_lengths_may_be_left_out() -> None:

@@ -26,6 +26,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
 
     monkeypatch.setattr(plan, "describe", describe)
     monkeypatch.setattr(plan, "_dense", {})
+    monkeypatch.setattr(plan, "_latest", {})
     return seen
 
 
@@ -150,3 +151,57 @@ def test_what_is_refused_stays_refused(described: list[Options]) -> None:
         with pytest.raises(ProblemError, match="window"):
             attention(q, k, v, window=[0, 0])  # type: ignore[arg-type]
     assert not plan._dense
+
+
+def test_calls_like_the_latest_read_no_shapes(
+    described: list[Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = qkv()
+    first = attention(q, k, v, causal=True, return_lse=True)
+    monkeypatch.setattr(plan, "of", None)
+    for given, expected in zip(attention(q, k, v, causal=True, return_lse=True), first, strict=True):
+        assert torch.equal(given, expected)
+        assert given.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda q: q[:, 1:],
+        lambda q: q.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda q: q.double(),
+        lambda q: q.clone().requires_grad_(),
+        lambda q: torch.nn.Parameter(q, requires_grad=False),
+        lambda q: q.to("meta"),
+        lambda q: q[0],
+        lambda q: q.tolist(),
+    ],
+    ids=["shape", "strides", "dtype", "requires_grad", "class", "device", "dimensions", "no tensor"],
+)
+def test_calls_unlike_the_latest_are_told_from_it(described: list[Options], other: Any) -> None:
+    q, k, v = qkv()
+    options = Options()
+    attention(q, k, v)
+    assert plan.latest(q, k, v, "auto", options)
+    for odd in range(3):
+        tensors: list[Any] = [q, k, v]
+        tensors[odd] = other(tensors[odd])
+        try:
+            found = plan.latest(*tensors, "auto", options)
+        except TypeError:  # the check takes tensors only
+            found = None
+        assert found is None
+    assert plan.latest(q, k, v, "auto", options._replace(causal=True)) is None
+    assert plan.latest(q, k, v, "torch_naive", options) is None
+
+
+def test_inference_mode_has_plans_of_its_own(described: list[Options]) -> None:
+    q, k, v = qkv()
+    expected = attention(q, k, v)
+    for _ in range(2):
+        with torch.inference_mode():
+            out = attention(q, k, v)
+        assert out.is_inference()
+        assert torch.equal(out, expected)
+        assert not attention(q, k, v).is_inference()
+    assert len(described) == 1

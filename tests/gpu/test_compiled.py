@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import strobe
 from strobe.attention import ladder
@@ -63,19 +64,54 @@ def test_a_traced_call_follows_the_current_stream() -> None:
     assert torch.equal(out, expected)
 
 
-def test_gradients_of_a_traced_call_are_the_formula_s() -> None:
+@pytest.mark.parametrize("traced", [False, True])
+def test_gradients_are_the_formula_s(traced: bool) -> None:
+    """Also where the plan of a call that wanted none is there already."""
+    inputs, sinks = inputs_of("dense"), torch.randn(4, device="cuda")
+
+    def loss(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, kernel: str
+    ) -> torch.Tensor:
+        out = strobe.attention(q, k, v, causal=True, sinks=sinks, kernel=kernel)
+        return out.float().square().sum()
+
+    for wanted in ((True, True, True, True), (False, False, False, True)):
+        gradients = []
+        call = torch.compile(loss, backend="aot_eager", fullgraph=True) if traced else loss
+        for each, kernel in ((loss, "torch_naive"), (call, "auto")):
+            given = [x.clone() for x in (inputs.q, inputs.k, inputs.v, sinks)]
+            each(*given, kernel)
+            for x, wants in zip(given, wanted, strict=True):
+                x.requires_grad_(wants)
+            each(*given, kernel).backward()
+            gradients.append([x.grad.float() for x in given if x.grad is not None])
+        assert len(gradients[0]) == sum(wanted)
+        for ours, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
+
+
+def test_vmap_and_fake_tensors_of_a_gpu() -> None:
     inputs = inputs_of("dense")
+    q, k, v = (x.unflatten(0, (2, 1)) for x in (inputs.q, inputs.k, inputs.v))
+    expected = strobe.attention(inputs.q, inputs.k, inputs.v, causal=True)
+    given = torch.vmap(lambda q, k, v: strobe.attention(q, k, v, causal=True))(q, k, v)
+    torch.testing.assert_close(given[:, 0], expected, atol=1e-2, rtol=1e-2)
+    with FakeTensorMode() as mode:
+        out = strobe.attention(*(mode.from_tensor(x) for x in (inputs.q, inputs.k, inputs.v)), causal=True)
+    assert (out.shape, out.dtype, out.device) == (expected.shape, expected.dtype, expected.device)
 
-    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str) -> torch.Tensor:
-        return strobe.attention(q, k, v, causal=True, kernel=kernel).float().square().sum()
 
-    gradients = []
-    for call, kernel in (
-        (loss, "torch_naive"),
-        (torch.compile(loss, backend="aot_eager", fullgraph=True), "auto"),
-    ):
-        given = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-        call(*given, kernel).backward()
-        gradients.append([x.grad.float() for x in given])
-    for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected, atol=2e-2 * float(expected.abs().max()), rtol=0)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_call_runs_where_its_tensors_are() -> None:
+    """In turns on two GPUs, whichever is the current one: plans and launches are each device's own."""
+    inputs = inputs_of("dense")
+    expected = strobe.attention(inputs.q, inputs.k, inputs.v, causal=True)
+    for current in (0, 1, 0):
+        with torch.cuda.device(current):
+            for index in (1, 0, 1):
+                q, k, v = (x.to(f"cuda:{index}") for x in (inputs.q, inputs.k, inputs.v))
+                for _ in range(2):
+                    out = strobe.attention(q, k, v, causal=True)
+                    assert out.get_device() == index
+                    assert torch.equal(out.to(expected.device), expected)
+            assert torch.cuda.current_device() == current

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from strobe.attention import plan
-from strobe.attention.op import traced
+from strobe.attention.op import needed, traced
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Layout, Options
 
 
@@ -45,8 +46,8 @@ def attention(
 
     Returns:
         out, of q's shape and dtype; or `(out, lse)`. A query that sees no key gives 0 and lse -inf
-        (its sink, where there is one). Gradients flow through the PyTorch rungs alone, and through
-        calls that torch.compile traced.
+        (its sink, where there is one). Gradients flow: through PyTorch's own where its operators do the work,
+        else recomputed by the formula, whose scores stand in memory.
 
     Raises:
         ProblemError: shapes, dtypes or devices that do not fit together.
@@ -54,10 +55,18 @@ def attention(
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2.1; docs/math.md.
     """
-    options = Options(causal, window, scale, softcap, sinks, bias, layout, return_lse)
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling():
+        options = Options(causal, window, scale, softcap, sinks, bias, layout, return_lse)
         return traced(q, k, v, kernel, options)
-    out, lse = run(q, k, v, kernel, options)
+    # 0.2 µs less than Options(...), whose arguments are parsed in Python
+    options = tuple.__new__(Options, (causal, window, scale, softcap, sinks, bias, layout, return_lse))
+    call = plan.latest(q, k, v, kernel, options)
+    if call is None or (sinks is not None and sinks.requires_grad and torch.is_grad_enabled()):
+        if needed(q, k, v, kernel, options):
+            return traced(q, k, v, kernel, options)
+        out, lse = run(q, k, v, kernel, options)
+    else:
+        out, lse = call(q, k, v)
     return out if lse is None else (out, lse)
 
 
@@ -70,18 +79,19 @@ def run(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`(out, lse or None)` by the chosen rung; `out` is filled where it is given: contiguous, like q."""
+    call = plan.latest(q, k, v, kernel, options)
+    if call is not None:
+        return call(q, k, v, out)
     planned = plan.of(q, k, v, kernel, options)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = empty_lse(planned.problem, q) if options.return_lse else None
     if not planned.empty:
-        planned.run(q, k, v, out, lse)
+        with plan.current(q):
+            planned.run(q, k, v, out, lse)
     return out, lse
 
 
 def empty_lse(problem: AttentionProblem, q: torch.Tensor) -> torch.Tensor:
     """Room for a problem's lse, uninitialised."""
-    shape = (
-        (problem.q_heads, q.shape[0]) if problem.packed_q else (problem.batch, problem.q_heads, problem.q_len)
-    )
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+    return torch.empty(problem.lse_shape(q.shape[0]), dtype=torch.float32, device=q.device)

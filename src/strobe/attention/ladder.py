@@ -2,11 +2,13 @@
 
 A rung is a module with three names: `IDEA` (one line), `refusals(problem) -> list[str]` (why it can
 not run a problem; empty when it can) and `run(problem, q, k, v, out, lse)` (fills `out`, and `lse`
-where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. Those that start beside the
-kernel ahead where the layout is `settled` say `READS_SETTLED = True`. One that is the fastest for a part of
-what it runs says for which: `suits(problem) -> bool`. One whose calls cost the
-host too much has `prepare(problem, q, k, v)` too: what it returns then runs every call whose tensors agree
-with these in shape, strides, dtype and device, as `run(q, k, v, out, lse)`; out and lse are contiguous.
+where it is not None). Few take a bias: those that do say `TAKES_BIAS = True`. Those that are PyTorch's own
+operators, through which gradients flow, say `DIFFERENTIABLE = True`. Those that start beside the kernel
+ahead where the layout is `settled` say `READS_SETTLED = True`. One that is the fastest for a part of what it
+runs says for which: `suits(problem) -> bool`. One whose calls cost the host too much has
+`prepare(problem, q, k, v)` too: what it returns then runs every call whose tensors agree with these in
+shape, strides, dtype and device, as `run(q, k, v, out, lse)`; out and lse are contiguous, and q's device is
+the current one.
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ class Rung:
         """Whether "auto" may take it for a problem that it does not refuse."""
         suits = getattr(self.module, "suits", None)
         return suits is None or suits(problem)
+
+    @property
+    def differentiable(self) -> bool:
+        return getattr(self.module, "DIFFERENTIABLE", False)
 
     @property
     def reads_settled(self) -> bool:

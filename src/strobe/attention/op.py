@@ -1,7 +1,7 @@
-"""`strobe::attention`: the operator that torch.compile and torch.export see in place of a call.
+"""`strobe::attention`: the operator that torch's dispatcher, and so torch.compile and torch.export, see.
 
-Only traced code goes through it; an eager call runs the rung directly. Its gradients are recomputed by
-the rung that keeps to the formula, whichever ran.
+Its gradients are recomputed by the rung that keeps to the formula, whichever ran. An eager call runs the
+rung directly unless it needs the dispatcher.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from strobe.attention import ladder
+from strobe.attention.inputs import describe
 from strobe.attention.problem import Dense, Layout, Options, Packed, Paged
 from strobe.errors import ProblemError
 
@@ -26,13 +28,34 @@ _LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 _LIBRARY.define(f"attention_backward(Tensor out_grad, Tensor lse_grad, {_ARGUMENTS}) -> Tensor[]")
 
 
+def needed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options) -> bool:
+    """Whether an eager call must go through the operator.
+
+    Those of fake tensors and of wrapper subclasses, or under a dispatch mode, do. Those that want gradients,
+    or are under torch.func, do unless PyTorch's own operators do the work.
+    """
+    tensors = [x for x in (q, k, v, options.sinks, options.bias) if isinstance(x, torch.Tensor)]
+    python = torch._C.DispatchKey.Python
+    if torch._C._dispatch_tls_is_dispatch_key_included(python):
+        return True
+    if any(torch._C._dispatch_keys(x).has(python) for x in tensors):
+        return True
+    transformed = any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if not (transformed or wants_gradients):
+        return False
+    return not ladder.choose(describe(q, k, v, options), kernel).differentiable
+
+
 def traced(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The operator's call for these arguments."""
     has = options.layout if options.layout is not None else Dense()
     if isinstance(has, Paged) and has.k_scale is not None:
-        raise ProblemError("a cache with k_scale and v_scale under torch.compile; supported: outside of it")
+        raise ProblemError(
+            "a cache with k_scale and v_scale, traced or with gradients; supported: eager, without"
+        )
     out, lse = torch.ops.strobe.attention(
         q,
         k,

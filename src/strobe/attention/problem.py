@@ -212,6 +212,10 @@ class AttentionProblem:
             isinstance(self.layout, Paged) and self.layout.cu_seqlens_q is not None
         )
 
+    def lse_shape(self, tokens: int) -> tuple[int, ...]:
+        """Of the log-sum-exp: `[q_heads, tokens]` where q is packed, else `[batch, q_heads, q_len]`."""
+        return (self.q_heads, tokens) if self.packed_q else (self.batch, self.q_heads, self.q_len)
+
     @property
     def masked(self) -> bool:
         """True where some query may not see some key of its row."""

@@ -19,8 +19,8 @@ from strobe.attention.prefill.cuda_hopper_launch import (
     ROWS,
     Launch,
     Maps,
+    OffSixteenBytes,
     Params,
-    addresses_of,
     contiguous_strides,
     readable,
 )
@@ -145,7 +145,7 @@ def run(
     room = dense.aligned(out)
     lse_strides = (0, 0) if lse is None else lse.stride()
     launch, _held = _packed(problem, q, k, v, room.stride(), lse_strides, tile or _chosen(problem, q))
-    launch(*addresses_of(q, k, v, room, lse))
+    launch.run(q, k, v, room, lse)
     if room is not out:
         out.copy_(room)
 
@@ -159,15 +159,15 @@ def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torc
     launch, held = _packed(problem, q, k, v, out_strides, lse_strides, _chosen(problem, q))
     if held:  # copies of what the caller may rewrite
         return anew
+    run_launch = launch.run
 
     def call(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
-        addresses = addresses_of(q, k, v, out, lse)
-        if (addresses[0] | addresses[1] | addresses[2]) % 16:
+        try:
+            run_launch(q, k, v, out, lse)
+        except OffSixteenBytes:
             anew(q, k, v, out, lse)
-        else:
-            launch(*addresses)
 
     return call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from threading import Lock
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,29 +85,60 @@ class Params(ctypes.Structure):
 class Launch:
     """One problem's launch for tensors of given shapes and strides; each call says where they are.
 
-    `maps` are of q, k, v and, where the copy engine stores it too, of out.
+    `maps` are of q, k, v and, where the copy engine stores it too, of out. For several threads: each that
+    launches takes packed arguments from those that lie idle, or packs anew.
     """
 
     def __init__(self, kernel: jit.Kernel, params: Params, maps: tuple[Maps, ...], **shape: Any) -> None:
-        self._params, self._device = params, kernel.device
+        self._device = kernel.device
         self._q, self._k, self._v = maps[:3]
         self._out = maps[3] if len(maps) > 3 else None
+        self._counters = counters(kernel.device)
+        self._stream_of, self._capturing = (
+            torch._C._cuda_getCurrentRawStream,
+            torch._C._cuda_isCurrentStreamCapturing,
+        )
         unset = jit.TensorMap()
-        self._launch = kernel.prepare(args=[unset, unset, unset, params, unset], **shape)
-        self._lock = Lock()
 
-    def __call__(self, q: int, k: int, v: int, out: int, lse: int) -> None:
-        """Launch on torch's current stream. Addresses; lse 0 for none."""
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        with self._lock:
-            params, launch = self._params, self._launch
-            launch.point(0, self._q.at(q))
-            launch.point(1, self._k.at(k))
-            launch.point(2, self._v.at(v))
-            if self._out is not None:
-                launch.point(4, self._out.at(out))
-            params.out, params.lse, params.next_tile = out, lse, next_tile(self._device, stream)
-            launch(stream)
+        def pack() -> tuple[jit.Launch, Params]:
+            own = Params.from_buffer_copy(params)
+            return kernel.prepare(args=[unset, unset, unset, own, unset], **shape), own
+
+        self._pack = pack
+        self._idle = [pack()]
+
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        """Launch on torch's current stream, the device being current.
+
+        Raises:
+            OffSixteenBytes: q, k or v.
+        """
+        q_at, out_at = q.data_ptr(), out.data_ptr()
+        # keys that are not there are q's, whose map is never read
+        q_map, k_map, v_map = self._q[q_at], self._k[k.data_ptr() or q_at], self._v[v.data_ptr() or q_at]
+        stream = self._stream_of(self._device)
+        try:
+            packed = self._idle.pop()
+        except IndexError:
+            packed = self._pack()
+        launch, params = packed
+        pointers = launch.pointers
+        pointers[0], pointers[1], pointers[2] = q_map, k_map, v_map
+        if self._out is not None:
+            pointers[4] = self._out[out_at]
+        params.out, params.lse = out_at, lse.data_ptr() if lse is not None else 0
+        if stream and self._capturing():  # the default stream, 0, cannot be captured
+            params.next_tile = self._counters.captured()
+        else:
+            params.next_tile = self._counters[stream]
+        launch.on(stream)
+        self._idle.append(packed)
+
+
+class OffSixteenBytes(Exception):
+    """An address that the copy engine takes no tensor at."""
 
 
 def contiguous_strides(problem: AttentionProblem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -119,22 +150,8 @@ def contiguous_strides(problem: AttentionProblem, q: torch.Tensor) -> tuple[tupl
     return (length * row, row, dim, 1), (heads * length, length, 1)
 
 
-def addresses_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
-) -> tuple[int, int, int, int, int]:
-    """What `Launch` is called with. No lse is 0; keys that are not there are q's, whose map is never read."""
-    q_at = q.data_ptr()
-    return (
-        q_at,
-        k.data_ptr() or q_at,
-        v.data_ptr() or q_at,
-        out.data_ptr(),
-        lse.data_ptr() if lse is not None else 0,
-    )
-
-
-class Maps:
-    """Tensor maps of tensors that differ in nothing but their address.
+class Maps(dict[int, int]):
+    """Tensor maps of tensors that differ in nothing but their address: address → where its map stands.
 
     Boxes of `rows` rows of one head of `[batch or page, row, head, dim]` or packed `[row, head, dim]`:
     `whole` rows, as panels of 64 columns (32 where 64 does not divide head_dim) one after the other, or
@@ -161,17 +178,19 @@ class Maps:
             (panel, rows, head_dim // panel if whole else 1, 1, 1),
         )
         self._swizzle = 2 * panel
-        self._made: dict[int, tuple[int, jit.TensorMap]] = {}
+        self._alive: list[jit.TensorMap] = []
+        self._dropped: list[jit.TensorMap] = []
 
-    def at(self, address: int) -> int:
-        """Where the map of the tensor at `address` stands; good until the next call."""
-        made = self._made.get(address)
-        if made is None:
-            if len(self._made) >= self.MOST:
-                self._made.clear()
-            new = jit.tensor_map(address, *self._arguments, swizzle=self._swizzle)
-            made = self._made[address] = ctypes.addressof(new), new
-        return made[0]
+    def __missing__(self, address: int) -> int:
+        if address % 16:
+            raise OffSixteenBytes
+        if len(self) >= self.MOST:  # what another thread is about to launch with outlives this
+            self.clear()
+            self._dropped, self._alive = self._alive, []
+        made = jit.tensor_map(address, *self._arguments, swizzle=self._swizzle)
+        self._alive.append(made)
+        self[address] = at = ctypes.addressof(made)
+        return at
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -194,8 +213,9 @@ def _dimensions(
     return sizes, apart
 
 
-class Counters:
-    """A device's zeroed int32s. A launch draws its tiles from one, and leaves it zeroed.
+class Counters(dict[int, int]):
+    """A device's zeroed int32s: stream → its counter's address. A launch draws its tiles from one, and leaves
+    it zeroed.
 
     Launches of one stream share theirs, since they follow one another. A captured launch may be
     replayed beside any stream, so it has one for itself, which is never given back.
@@ -205,18 +225,14 @@ class Counters:
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._of_stream: dict[int, int] = {}
         self._slabs: list[torch.Tensor] = []
         self._free: list[int] = []
 
-    def of_stream(self, stream: int) -> int:
-        """The address of the counter of a stream that is not being captured."""
-        found = self._of_stream.get(stream)
-        if found is None:
-            if len(self._free) < self.COUNT // 2:
-                self._add()
-            found = self._of_stream[stream] = self._free.pop()
-        return found
+    def __missing__(self, stream: int) -> int:
+        """A counter for a stream that is not being captured."""
+        if len(self._free) < self.COUNT // 2:
+            self._add()
+        return self.setdefault(stream, self._free.pop())
 
     def captured(self) -> int:
         """The address of a counter that no other launch has; zeroed in the graph where none is left."""
@@ -233,12 +249,7 @@ class Counters:
         return torch.zeros(count, self.BYTES_APART // 4, dtype=torch.int32, device=f"cuda:{self._device}")
 
 
-def next_tile(device: int, stream: int) -> int:
-    """The address of the counter for a launch on this stream, torch's current one."""
-    counters = _counters.get(device)
-    if counters is None:
-        counters = _counters.setdefault(device, Counters(device))
-    return counters.captured() if torch._C._cuda_isCurrentStreamCapturing() else counters.of_stream(stream)
-
-
-_counters: dict[int, Counters] = {}
+@cache
+def counters(device: int) -> Counters:
+    """Those of a device."""
+    return Counters(device)

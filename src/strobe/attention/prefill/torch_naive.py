@@ -8,6 +8,7 @@ from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
 
 TAKES_BIAS = True
+DIFFERENTIABLE = True
 IDEA = "matmul, mask, softmax, matmul; the whole score matrix stands in memory"
 
 

@@ -11,6 +11,7 @@ import torch
 from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
 
+DIFFERENTIABLE = True
 IDEA = "keys in tiles, a running maximum, sum and accumulator: no score matrix"
 Q_TILE, K_TILE = 128, 128
 

@@ -18,6 +18,7 @@ from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed,
 from strobe.attention.rows import visible
 
 TAKES_BIAS = True
+DIFFERENTIABLE = True
 IDEA = "torch.nn.functional.scaled_dot_product_attention over gathered, padded rows"
 
 _SHORT = 256
