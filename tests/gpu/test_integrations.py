@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,46 @@ def test_cache_is_appended_to_and_read(q_len: int, paged: bool) -> None:
     close(outs[1], outs[0])
     for cpu, gpu in zip(*written, strict=True):
         close(gpu, cpu)
+
+
+def test_a_graph_of_a_call_follows_lengths_and_pages() -> None:
+    """Captured once, replayed for other queries, new keys, lengths and pages."""
+    caches = torch.randn(2, 40, 16, 2, 128).bfloat16()
+    angles = torch.randn(200, 64)
+
+    def fresh() -> list[torch.Tensor]:
+        new = [torch.randn(3, 1, heads, 128).bfloat16() for heads in (8, 2, 2)]
+        return [*new, torch.randint(0, 190, (3,)).int(), torch.randperm(40)[:36].view(3, 12).int()]
+
+    def call(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: torch.Tensor,
+        table: torch.Tensor,
+        *at: Any,
+    ) -> torch.Tensor:
+        cache, cos, sin = at
+        return fa.flash_attn_with_kvcache(
+            q, *cache, k, v, cos, sin, cache_seqlens=lengths, block_table=table, causal=True
+        )
+
+    held, on_gpu = [x.cuda() for x in fresh()], caches.cuda()
+    turn = angles.cos(), angles.sin()
+    turn_on_gpu = [x.cuda() for x in turn]
+    call(*held, on_gpu, *turn_on_gpu)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(*held, on_gpu, *turn_on_gpu)
+    for _ in range(3):
+        given = fresh()
+        for place, value in zip(held, given, strict=True):
+            place.copy_(value)
+        on_gpu.copy_(caches)
+        graph.replay()
+        on_cpu = caches.clone()
+        close(out, call(*given, on_cpu, *turn))
+        close(on_gpu, on_cpu)
 
 
 def test_varlen_with_a_block_table() -> None:
