@@ -76,7 +76,7 @@ measure profile 60 60 profile bench profile --random llama3.2-1b --trace "${TMPD
   $engine_options
 measure prefill 180 45 prefill bench attention --suite "$(quickly prefill-quick prefill)" \
   --kernel cuda_hopper,cuda_async,triton_fused --vs "$prefill_peers"
-measure kernels 120 120 kernels bench startup --kernels
+measure kernels 60 60 kernels bench startup --rungs
 measure startup 180 60 startup bench startup --random "$(quickly llama3.2-1b llama3-8b)" --runs "$(quickly 1 3)" \
   $engine_options
 measure verify 300 90 verify verify --random "$(quickly llama3.2-1b,gpt2 all)" --dtype bfloat16 $engine_options

@@ -51,6 +51,13 @@ def test_a_wrong_kernel_has_no_speed() -> None:
     assert "ms" not in row
 
 
+def test_without_a_budget_answers_are_checked_and_nothing_is_timed() -> None:
+    providers = [of_rung(ladder.find("torch_naive", "prefill"))]
+    (row,) = measure_all([SMALL], providers, "float32", "cpu", budget_ms=None)
+    assert row["checked"]
+    assert "ms" not in row
+
+
 def test_refusals_are_left_out_or_raised() -> None:
     providers = [of_rung(ladder.find("cuda_split", "prefill"))]
     assert list(measure_all([SMALL], providers, "float32", "cpu")) == []

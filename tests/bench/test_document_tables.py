@@ -73,6 +73,14 @@ def test_tables_of_start_up_kernels_and_agreement() -> None:
     table = TABLES["kernels"][1](result("kernels", {"case": source, **times}))
     assert "load onto the GPU" in table
     assert cells(table.splitlines()[-1]) == ["`ops/cache`", "12", "0.5", "3", "1"]
+    used = {
+        "case": {"rung": "decode/x", "arch": "sm_90a"},
+        "checked": True,
+        "first_s": 2.5,
+        "later_ms": 31.25,
+    }
+    table = TABLES["first_use"][1](result("kernels", used))
+    assert cells(table.splitlines()[-1]) == ["`decode/x`", "2.5", "31.2"]
     difference = {"strobe_logprob": -2.5, "transformers_logprob": -2.25}
     verified = {
         "case": {"model": "gpt2", "dtype": "bfloat16"}, "model": "gpt2", "checked": False, "positions": 9,

@@ -67,6 +67,23 @@ def test_startup_of_kernels(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[0][1:] == ("kernels", {"arch": "sm_90a"})
 
 
+def test_startup_of_rungs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [
+        {"rung": "decode/x", "checked": True, "first_s": 2.5, "later_ms": 31.0},
+        {"rung": "linear/y", "checked": False, "first_s": 0.5, "later_ms": 7.0},
+        {"rung": "linear/z", "refused": "its process died"},
+    ]
+    monkeypatch.setattr(startup, "_output", lambda *_: "".join(json.dumps(each) + "\n" for each in told))
+    lines = cli("bench", "startup", "--rungs", "--device", "cpu").out.splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["decode/x", "2.5", "31"],
+        ["linear/y", "0.5", "7", "WRONG"],
+        ["linear/z", "–", "–", "its", "process", "died"],
+    ]
+    rows = json.loads(cli("bench", "startup", "--rungs", "--device", "cpu", "--json").out)["rows"]
+    assert rows[0]["case"] == {"rung": "decode/x", "arch": "cpu"}
+
+
 def test_each_source_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from strobe.cuda import jit, sources
 
@@ -101,6 +118,8 @@ def test_soak(cli: Cli, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("startup", "--random", "llama3-8b", "--model", "x"), "--model and --random are both given"),
         (("startup", "--model", "no/such/folder"), "the process that was to start failed"),
         (("startup", "--kernels", "--arch", "sm_10"), "unknown arch 'sm_10'"),
+        (("startup", "--kernels", "--rungs"), "--kernels and --rungs are both given"),
+        (("startup", "--rungs", "--arch", "sm_90a"), "--arch is for --kernels"),
         (("soak", "--tokens", "0"), "tokens 0"),
         (("soak", "--engine", "kv_cache_page=3"), "did you mean 'kv_cache_pages'?"),
     ],

@@ -262,10 +262,13 @@ DECODE_BENCH: tuple[Case, ...] = (
     decode_shape(8, 32768, 32, 8, 64),
     decode_shape(256, 1024, 32, 8, 128),
 )
-LADDER_SHAPES = (prefill_shape(1, 4096, 16, 16, 128, False), prefill_shape(1, 4096, 32, 32, 64, False))
+LADDER_SHAPES = tuple(
+    prefill_shape(1, 4096, 2048 // head_dim, 2048 // head_dim, head_dim, causal)
+    for causal in (False, True)
+    for head_dim in (128, 64)
+)
 """Where the ladder's rungs are compared with one another."""
-LADDER_BENCH: tuple[Case, ...] = (
-    *LADDER_SHAPES,
+STANDARD_BENCH: tuple[Case, ...] = (
     *(prefill_shape(32, 1024, 8, 8, head_dim, False) for head_dim in (32, 128)),
     *(
         prefill_shape(batch, tokens, 512 // head_dim, 512 // head_dim, head_dim, False)
@@ -279,4 +282,4 @@ LADDER_BENCH: tuple[Case, ...] = (
     ),
     prefill_shape(1, 2048, 32, 32, 64, False),
 )
-"""The standard tables, over every rung."""
+"""The shapes of other people's tables."""

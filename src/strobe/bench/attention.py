@@ -105,13 +105,13 @@ def measure_all(
     *,
     strict: bool = False,
     replay: bool = False,
-    budget_ms: float = 200.0,
+    budget_ms: float | None = 200.0,
 ) -> Iterator[Row]:
     """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
 
     A case's providers take turns. Prefill is timed call by call with the L2 cache flushed; decode, and
     with `replay` prefill too, by CUDA-graph replay over inputs that together outgrow it. Peak memory is
-    what a call allocates beyond its inputs and its output.
+    what a call allocates beyond its inputs and its output. Without a budget nothing is timed.
 
     Raises:
         KernelRefusedError: with `strict`, the first refusal.
@@ -134,14 +134,14 @@ def measure_all(
                 continue
             row = _checked(case, dtype, provider, inputs, answers)
             rows.append(row)
-            if row["checked"]:  # a wrong answer has no speed
+            if row["checked"] and budget_ms:  # a wrong answer has no speed
                 clocks.append((row, provider))
         marks.append(time.perf_counter())
         replayed = inputs.problem.device == "cuda" and (replay or inputs.problem.phase == "decode")
         sets = [inputs, *(_more_inputs(inputs) if replayed else [])]
         turns = [_clock(provider, sets, replayed) for _, provider in clocks]
         marks.append(time.perf_counter())
-        timings = in_turns(turns, budget_ms=budget_ms)
+        timings = in_turns(turns, budget_ms=budget_ms or 0.0)
         marks.append(time.perf_counter())
         for (row, _), timing in zip(clocks, timings, strict=True):
             row |= _figures(inputs.problem, timing)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from strobe.attention import ladder
-from strobe.attention.cases import DECODE_BENCH
+from strobe.attention.cases import DECODE_BENCH, LADDER_SHAPES
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.bench import engine_tables, tables
 from strobe.bench.attention import described
@@ -107,8 +107,11 @@ def _append(result: Result) -> str:
 def _ladder(result: Result) -> str:
     roof = result.machine["ceilings"]["matmul_tflops"]
     parts = []
-    for case in _first_cases(result.rows, 2):
+    for shape in LADDER_SHAPES:
+        case = tables.case_name(described(shape, _dtype(result)))
         rows = {row["provider"]: row for row in result.rows if tables.case_name(row["case"]) == case}
+        if not rows:
+            continue
         lines, before = [], None
         for rung in ladder.PREFILL:
             row = rows.get(f"strobe:{rung.name}")
@@ -279,10 +282,6 @@ def _startup(result: Result) -> str:
 
 def _dtype(result: Result) -> str:
     return ", ".join(sorted({row["case"]["dtype"] for row in result.rows}))
-
-
-def _first_cases(rows: list[Row], count: int) -> list[str]:
-    return list(dict.fromkeys(tables.case_name(row["case"]) for row in rows))[:count]
 
 
 def _peered(rows: list[Row]) -> list[Row]:

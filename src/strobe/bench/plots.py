@@ -29,6 +29,8 @@ def check_path(path: Path) -> None:
     """Raise StrobeError before any measuring where the figure could not be written."""
     if path.suffix not in FORMATS:
         raise StrobeError(f"{path}: unknown figure format; supported: {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise StrobeError(f"{path}: no such folder")
     load_pyplot()
 
 

@@ -95,22 +95,38 @@ def measure_kernels(arch: str) -> list[Row]:
     return rows
 
 
+def measure_rungs(device: str, arch: str) -> list[Row]:
+    """A row for each rung that compiles something for a "cuda" or "cpu" device (first_use.py): seconds that
+    its first call takes with nothing compiled, milliseconds in a new process with all of it kept.
+
+    Raises:
+        As `measure`.
+    """
+    rows = []
+    for line in _output(["strobe.bench.first_use", device], {}).splitlines():
+        told = json.loads(line)
+        case = {"rung": told.pop("rung"), "arch": arch}
+        rows.append({"case": case, "provider": "strobe", "checked": None, **told})
+    return rows
+
+
 def _child(cache: Path, what: str, given: dict[str, Any]) -> dict[str, Any]:
     """A new process of this module, with kernel caches of its own under `cache`."""
-    environ = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(strobe.__file__).parents[1]), os.environ.get("PYTHONPATH")])
-        ),
-        "STROBE_CACHE_DIR": str(cache),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-    }
-    command = [sys.executable, "-m", _MODULE, what, json.dumps(given), repr(time.time())]
+    caches = {"STROBE_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    told = _output([_MODULE, what, json.dumps(given), repr(time.time())], caches)
+    return json.loads(told.splitlines()[-1])
+
+
+def _output(arguments: list[str], settings: dict[str, str]) -> str:
+    """What a new process of a module writes."""
+    found = [str(Path(strobe.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found)), **settings}
+    command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         raise StrobeError(f"the process that was to start failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 def _start(given: dict[str, Any], asked: float) -> dict[str, Any]:

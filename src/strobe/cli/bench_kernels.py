@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from strobe.bench.results import Row
 
 Heads = Annotated[int, typer.Option(help="Query heads.")]
-KvHeads = Annotated[int | None, typer.Option(help="Key heads.", show_default="--heads")]
+KvHeads = Annotated[int | None, typer.Option(min=1, help="Key heads.", show_default="--heads")]
 HeadDim = Annotated[int, typer.Option(help="Size of a head.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Each query sees the keys up to its own.")]
 Dtype = Annotated[
@@ -81,8 +81,11 @@ def measure(
     *,
     kernel: str = "all",
     replay: bool = False,
+    budget_ms: float | None = 200.0,
+    leave_out: Callable[[Provider, Case], bool] = lambda provider, case: False,
 ) -> tuple[list[Row], Ceilings]:
-    """Rows of every case, and the ceilings. An interrupt keeps the cases that are done.
+    """Rows of every case, and the ceilings. An interrupt keeps the cases that are done. Without a budget for
+    each kernel nothing is timed.
 
     A `kernel` that was named must run every case, unless it stands beside peers: then who runs none, kernel
     or peer, is told on stderr with its reasons.
@@ -102,7 +105,10 @@ def measure(
     try:
         with bar:
             for case in cases:
-                rows += measure_all([case], chosen, dtype, where, strict=strict, replay=replay)
+                some = [each for each in chosen if not leave_out(each, case)]
+                rows += measure_all(
+                    [case], some, dtype, where, strict=strict, replay=replay, budget_ms=budget_ms
+                )
                 bar.advance(task)
                 done += 1
     except KeyboardInterrupt:

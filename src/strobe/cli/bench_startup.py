@@ -22,6 +22,9 @@ def startup(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Time each kernel's compiling and loading instead.")
     ] = False,
+    rungs: Annotated[
+        bool, typer.Option("--rungs", help="Time the first call of each kernel of a ladder instead.")
+    ] = False,
     arch: Annotated[
         str | None,
         typer.Option(help="With --kernels, as sm_90a; needs no GPU.", show_default="this machine's GPU"),
@@ -39,6 +42,16 @@ def startup(
     """How long from a new process to the first token, with an empty kernel cache and with a full one."""
     from strobe.bench import startup as bench
 
+    if kernels and rungs:
+        raise StrobeError("--kernels and --rungs are both given", hint="give one of them")
+    if arch and not kernels:
+        raise StrobeError("--arch is for --kernels: the rest runs, and so takes this machine's own")
+    if rungs:
+        where = devices.resolve(settings.load(device=device).device).partition(":")[0]
+        rows = bench.measure_rungs(where, devices.gpu().target if where == "cuda" else "cpu")
+        if not bench_options.finish("kernels", rows, save=save, commit=commit, json=json):
+            console.write_table(["rung", "first call, s", "in a new process, ms", ""], _rung_lines(rows))
+        return
     if kernels:
         from strobe.cuda import jit
         from strobe.cuda.sources import check_arch
@@ -88,6 +101,20 @@ def _kernel_lines(rows: list[Row]) -> list[list[str]]:
             f"{row['compile_s']:.3g}",
             f"{row['load_ms']:.3g}",
             f"{row['load_ms_median']:.3g}",
+        ]
+        for row in rows
+    ]
+
+
+def _rung_lines(rows: list[Row]) -> list[list[str]]:
+    return [
+        [row["case"]["rung"], "–", "–", row["refused"]]
+        if "refused" in row
+        else [
+            row["case"]["rung"],
+            f"{row['first_s']:.3g}",
+            f"{row['later_ms']:.3g}",
+            "" if row["checked"] else "WRONG",
         ]
         for row in rows
     ]

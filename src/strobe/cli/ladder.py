@@ -13,7 +13,9 @@ from strobe.cli.options import Device, Json
 
 
 def ladder(
-    seq: Annotated[int, typer.Option(help="Queries and keys of each row; keys where it decodes.")] = 1024,
+    seq: Annotated[
+        str, typer.Option(help="Queries and keys of each row, as 512 or 4k; keys where it decodes.")
+    ] = "1k",
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     heads: shared.Heads = 8,
     kv_heads: shared.KvHeads = None,
@@ -32,11 +34,11 @@ def ladder(
     from strobe.bench.results import Result
 
     where, dtype = shared.target(device, dtype)
-    kv_heads = kv_heads or heads
+    length, kv_heads = shared.length(seq), kv_heads or heads
     if decode:
-        case = decode_shape(batch, seq, heads, kv_heads, head_dim, page_size)
+        case = decode_shape(batch, length, heads, kv_heads, head_dim, page_size)
     else:
-        case = prefill_shape(batch, seq, heads, kv_heads, head_dim, causal)
+        case = prefill_shape(batch, length, heads, kv_heads, head_dim, causal)
     problem = case.inputs(torch_dtype(dtype), where).problem
     ladder_rungs = rungs.DECODE if decode else rungs.PREFILL
     bar, task = console.progress(len(ladder_rungs), "kernels")
