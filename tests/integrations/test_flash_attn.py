@@ -192,10 +192,11 @@ def test_what_is_missing_is_refused_by_name() -> None:
         ({"k": torch.ones(1, 3, 2, 8), "v": torch.ones(1, 3, 2, 8)}, r"k is \[1, 3, 2, 8\]"),
         (
             {"cache_seqlens": torch.ones(1, dtype=torch.int32)},
-            r"cache_seqlens is torch.int32 \[1\]; supported: torch.int32 or torch.int64 \[2\]",
+            r"cache_seqlens is torch.int32 \[1\] on cpu; supported: torch.int32 or torch.int64 \[2\] on cpu",
         ),
         ({"cache_seqlens": torch.ones(2)}, r"cache_seqlens is torch.float32"),
         ({"cache_seqlens": [3, 3]}, "cache_seqlens is list"),
+        ({"cache_seqlens": torch.ones(2, dtype=torch.int32, device="meta")}, "on meta; supported: .* on cpu"),
         ({"cache_batch_idx": torch.ones(2)}, r"cache_batch_idx is torch.float32 \[2\]"),
         ({"cache_batch_idx": torch.tensor([1])}, r"cache_batch_idx is torch.int64 \[1\]"),
         (

@@ -68,6 +68,7 @@ class LLM:
         self.startup = {"checkpoint": loaded - begun, "engine": time.perf_counter() - loaded}
         """Seconds: to have the network and the tokenizer, and the engine with its cache. What a device does
         meanwhile is not waited for."""
+        _log.info("%s", self._engine.memory)
         _log.info("started in %s", ", ".join(f"{name} {s:.2f} s" for name, s in self.startup.items()))
         given = {f.name: getattr(checkpoint.defaults, f.name) for f in fields(checkpoint.defaults)}
         try:

@@ -80,7 +80,7 @@ def flash_attn_varlen_func(
     _refuse(dropout_p, alibi_slopes)
     layout: Packed | Paged
     if block_table is not None:
-        _check_index("cu_seqlens_k", cu_seqlens_k, [len(block_table) + 1], torch.int32)
+        _check_index("cu_seqlens_k", cu_seqlens_k, [len(block_table) + 1], q.device, torch.int32)
         seq_lens = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).to(torch.int32)
         layout = Paged(block_table, seq_lens, cu_seqlens_q, int(max_seqlen_q), int(max_seqlen_k))
     else:
@@ -144,11 +144,11 @@ def flash_attn_with_kvcache(
     batch, q_len = q.shape[:2]
     if block_table is None:
         rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        _check_index("cache_batch_idx", rows, [batch], torch.int32, torch.int64)
+        _check_index("cache_batch_idx", rows, [batch], q.device, torch.int32, torch.int64)
         k_cache, v_cache, table = _pages(k_cache, v_cache, rows)
     else:
         table = block_table
-        _check_index("block_table", table, [batch, "pages"], torch.int32)
+        _check_index("block_table", table, [batch, "pages"], q.device, torch.int32)
     page_size = k_cache.shape[1]
     room = table.shape[1] * page_size
     before = _lengths(cache_seqlens, batch, room, q.device)
@@ -238,22 +238,24 @@ def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: 
     if cache_seqlens is None or isinstance(cache_seqlens, Integral):
         length = room if cache_seqlens is None else cache_seqlens
         return torch.full((batch,), length, dtype=torch.int32, device=device)
-    _check_index("cache_seqlens", cache_seqlens, [batch], torch.int32, torch.int64)
+    _check_index("cache_seqlens", cache_seqlens, [batch], device, torch.int32, torch.int64)
     return cast(Tensor, cache_seqlens).to(torch.int32)
 
 
-def _check_index(name: str, index: Any, shape: list[int | str], *dtypes: torch.dtype) -> None:
-    """Raise ProblemError unless `index` is a tensor of such a dtype and shape; "pages" is any size."""
+def _check_index(
+    name: str, index: Any, shape: list[int | str], device: torch.device, *dtypes: torch.dtype
+) -> None:
+    """Raise ProblemError unless `index` is such a tensor on the device; the size "pages" is any."""
     given = type(index).__name__
     if isinstance(index, torch.Tensor):
-        given = f"{index.dtype} {list(index.shape)}"
+        given = f"{index.dtype} {list(index.shape)} on {index.device}"
         sizes_fit = index.dim() == len(shape) and all(
             want in (size, "pages") for want, size in zip(shape, index.shape, strict=True)
         )
-        if sizes_fit and index.dtype in dtypes:
+        if sizes_fit and index.dtype in dtypes and index.device == device:
             return
-    wanted = " or ".join(map(str, dtypes))
-    raise ProblemError(f"{name} is {given}; supported: {wanted} [{', '.join(map(str, shape))}]")
+    wanted = f"{' or '.join(map(str, dtypes))} [{', '.join(map(str, shape))}] on {device}"
+    raise ProblemError(f"{name} is {given}; supported: {wanted}")
 
 
 def _contiguous(x: torch.Tensor) -> torch.Tensor:
