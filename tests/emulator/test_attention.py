@@ -11,10 +11,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_emulator import emulated_gpu
 
 from strobe.attention import ladder
 from strobe.attention.cases import CORRECTNESS, Case
+from strobe.attention.check import verdict
 from strobe.attention.ladder import Rung
+from strobe.attention.prefill import cuda_split_kv
 
 RUNGS = [rung for rung in ladder.RUNGS.values() if rung.name.startswith("cuda_")]
 SMALL = (
@@ -45,3 +48,14 @@ def test_case_table(rung: Rung, wrong: Callable[..., str | None], request: pytes
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (48, 64, 96, 128, 256):
             check(rung, [replace(case, head_dim=head_dim) for case in CORRECTNESS], dtype, wrong)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_keys_split_any_number_of_ways(splits: int) -> None:
+    inputs = Case("", ((70, 300),), 2, 1, causal=True).inputs(torch.bfloat16)
+    out, lse = torch.full_like(inputs.q, float("nan")), torch.full((1, 2, 70), float("nan"))
+    with emulated_gpu(3):
+        problem, tile = inputs.problem, cuda_split_kv.Tile(splits=splits)
+        cuda_split_kv.run(problem, inputs.q, inputs.k, inputs.v, out, lse, tile)
+        judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
+    assert judged.right, str(judged)

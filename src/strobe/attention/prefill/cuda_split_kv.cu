@@ -1,10 +1,11 @@
 // FlashAttention with the keys split over blocks, in two kernels (docs/math.md, eq. 6; Flash-Decoding).
 //
-//   partials  each block attends to its own share of the keys and leaves (O, m, l), unnormalised, in a workspace
+//   partials  each block attends to its own share of the keys and leaves (O, m, l), unnormalised, in a workspace;
+//             one that has all keys writes the answer instead
 //   merge     each row's parts are rescaled to their common maximum and summed
 //
 // A grid of q_tiles x heads x batch blocks leaves SMs idle where queries are few. Split SPLITS ways it fills
-// them, at the price of a workspace of splits x queries x (head_dim + 2) floats.
+// them, at the price of a workspace of splits x queries x (head_dim + 2) floats. One way needs none, and no merge.
 #include "dense.cuh"
 #include "warp_attention.cuh"
 
@@ -47,6 +48,10 @@ partials(const __grid_constant__ DenseParams p, const __grid_constant__ Workspac
   }
 
   warp_queries.finish();
+  if (w.splits == 1) {
+    warp_queries.write(p, batch, head, row);
+    return;
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = row + 8 * half;

@@ -83,8 +83,9 @@ def run(
     wanted = tile.splits or _splits(q_tiles * problem.q_heads * problem.batch, gpu(device).sm_count)
     tiles_each = max(1, -(-k_tiles // wanted))
     splits = max(1, -(-k_tiles // tiles_each))
-    partial_out = q.new_empty((splits, rows, problem.head_dim), dtype=torch.float32)
-    maximum, total = q.new_empty((2, splits, rows), dtype=torch.float32)
+    parts = 0 if splits == 1 else splits
+    partial_out = q.new_empty((parts, rows, problem.head_dim), dtype=torch.float32)
+    maximum, total = q.new_empty((2, parts, rows), dtype=torch.float32)
     addresses = (partial_out.data_ptr(), maximum.data_ptr(), total.data_ptr())
     workspace = _Workspace(*addresses, splits, tiles_each * tile.k, rows)
     call = dense.params(problem, q, k, v, out, lse)
@@ -93,6 +94,8 @@ def run(
     grid = (q_tiles * splits, problem.q_heads, problem.batch)
     partials = jit.kernel(_SOURCE, "partials", defines, device)
     partials(grid, size.threads, [call, workspace], shared_bytes=size.shared_bytes)
+    if not parts:
+        return
     merge = jit.kernel(_SOURCE, "merge", defines, device)
     merge(-(-rows // (_MERGE_THREADS // 32)), _MERGE_THREADS, [call, workspace])
 

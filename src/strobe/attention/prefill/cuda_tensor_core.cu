@@ -36,15 +36,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
   }
 
   warp_queries.finish();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = row + 8 * half;
-    if (query >= p.q_len) continue;
-    const float sum = warp_queries.sum[half], normal = sum > 0.f ? 1.f / sum : 0.f;
-    u32* out = reinterpret_cast<u32*>(p.out_row(batch, head, query)) + lane % 4;
-#pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; ++n)
-      out[4 * n] = pack<scalar_t>(warp_queries.out[n][2 * half] * normal, warp_queries.out[n][2 * half + 1] * normal);
-    if (p.lse && lane % 4 == 0) p.lse[p.lse_index(batch, head, query)] = log_sum_exp(warp_queries.maximum[half], sum);
-  }
+  warp_queries.write(p, batch, head, row);
 }

@@ -3,6 +3,7 @@
 // layout of QKᵀ is the operand layout of PV (mma.cuh).
 #pragma once
 
+#include "dense.cuh"
 #include "mma.cuh"
 #include "reduce.cuh"
 
@@ -129,5 +130,20 @@ struct WarpQueries {
   // The rows' sums complete, in every lane that holds the row.
   __device__ __forceinline__ void finish() {
     sum[0] = warp_sum<4>(sum[0]), sum[1] = warp_sum<4>(sum[1]);
+  }
+
+  // The two rows' answers, queries `row` and `row + 8` of a head; after `finish`.
+  __device__ __forceinline__ void write(const DenseParams& p, int batch, int head, int row) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = row + 8 * half;
+      if (query >= p.q_len) continue;
+      const float normal = sum[half] > 0.f ? 1.f / sum[half] : 0.f;
+      u32* to = reinterpret_cast<u32*>(p.out_row(batch, head, query)) + lane % 4;
+#pragma unroll
+      for (int n = 0; n < DIM / 8; ++n) to[4 * n] = pack<T>(out[n][2 * half] * normal, out[n][2 * half + 1] * normal);
+      if (p.lse && lane % 4 == 0) p.lse[p.lse_index(batch, head, query)] = log_sum_exp(maximum[half], sum[half]);
+    }
   }
 };
