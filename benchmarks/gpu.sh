@@ -72,10 +72,14 @@ measure decode 300 60 decode bench decode --suite "$(quickly quick all)" --vs "$
 engine engine-llama3.2-1b 150 60 llama3.2-1b
 engine engine-llama3-8b 200 60 llama3-8b
 [ -n "$quick" ] || engine engine-llama2-7b 150 60 llama2-7b
+measure deterministic 240 60 engine bench engine --suite "$(quickly quick standard)" --add --runs "$(quickly 1 3)" \
+  --random llama3-8b --engine deterministic=true $engine_options
 measure profile 60 60 profile bench profile --random llama3.2-1b --trace "${TMPDIR:-/tmp}/strobe-decode-step.json" \
   $engine_options
 measure prefill 180 45 prefill bench attention --suite "$(quickly prefill-quick prefill)" \
   --kernel cuda_hopper,cuda_async,triton_fused --vs "$prefill_peers"
+measure small 90 45 small bench attention --suite small --replay --kernel cuda_hopper --vs "$prefill_peers"
+measure host 45 45 host bench attention --suite small --host --vs "$prefill_peers"
 measure kernels 60 60 kernels bench startup --rungs
 measure startup 180 60 startup bench startup --random "$(quickly llama3.2-1b llama3-8b)" --runs "$(quickly 1 3)" \
   $engine_options

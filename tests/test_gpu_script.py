@@ -64,11 +64,12 @@ def test_every_command_is_understood(tmp_path: Path, quick: bool) -> None:
         assert params["commit"] == "abc"
         assert params["save"].parent == out
         if verb in ("bench engine", "bench profile", "bench soak", "verify"):
-            assert params["engine"] == chosen
+            assert params["engine"] in (chosen, ["deterministic=true", *chosen])
         saved.setdefault(params["save"].stem, set()).add(verb)
     assert saved == {
         "decode": {"bench decode"}, "engine": {"bench engine"}, "profile": {"bench profile"},
-        "prefill": {"bench attention"}, "kernels": {"bench startup"}, "startup": {"bench startup"},
+        "prefill": {"bench attention"}, "small": {"bench attention"}, "host": {"bench attention"},
+        "kernels": {"bench startup"}, "startup": {"bench startup"},
         "verify": {"verify"}, "ladder": {"bench attention"}, "memory": {"bench memory"},
         "roofline": {"bench roofline"}, "engine_ladder": {"bench engine-ladder"}, "soak": {"bench soak"},
     }  # fmt: skip
