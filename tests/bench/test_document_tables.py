@@ -104,3 +104,15 @@ def test_a_result_that_may_be_missing_has_a_place(tmp_path: Path, monkeypatch: p
     assert "Not measured" not in readme.read_text()
     assert (tmp_path / "benchmarks" / "results" / "x" / "engine.svg").is_file()
     assert document.main(["--check"]) == 0
+
+
+def test_the_hosts_share_stands_beside_the_peers() -> None:
+    case = {"batch": 1, "q_len": 9, "kv_len": 9, "q_heads": 2, "kv_heads": 2, "head_dim": 64, "causal": True}
+    rows = [
+        {"case": {**case, "dtype": "bfloat16"}, "provider": name, "host_us": us, "host_us_min": us - 1}
+        for name, us in (("strobe", 7.25), ("fa3", 30.5))
+    ]
+    _, make = TABLES["host"]
+    table = make(Result("host", rows)).splitlines()
+    assert table[2].split("|")[2:4] == [" strobe   ", " fa3  "]
+    assert table[4].split("|")[1:4] == [" batch 1, 9, heads 2 x 64, causal ", " **7.25** ", " 30.5 "]

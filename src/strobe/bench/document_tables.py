@@ -33,6 +33,12 @@ def _small(result: Result) -> str:
     return f"Microseconds a call by CUDA-graph replay, {_dtype(result)}:\n\n{table}"
 
 
+def _host(result: Result) -> str:
+    fastest = [{**row, "speed": 1 / row["host_us"]} for row in result.rows]
+    table = tables.by_provider(fastest, lambda row: tables.number(row["host_us"]), best="speed")
+    return f"Microseconds until a call returns, {_dtype(result)}:\n\n{table}"
+
+
 def _decode(result: Result) -> str:
     """What `auto` takes beside the peers."""
     rows = _standard_decode(result)
@@ -297,6 +303,7 @@ def _peered(rows: list[Row]) -> list[Row]:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "prefill": ("prefill", _prefill),
     "small": ("small", _small),
+    "host": ("host", _host),
     "decode": ("decode", _decode),
     "decode_ladder": ("decode", _decode_ladder),
     "append": ("decode", _append),
