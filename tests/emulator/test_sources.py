@@ -9,10 +9,12 @@ import torch
 from cuda_emulator import emulated_gpu
 from small_llama import CONFIG
 
+from strobe.attention import api, ladder
+from strobe.attention.problem import Options, Paged
 from strobe.cuda import jit
 from strobe.linear import projection
 from strobe.models import shapes
-from strobe.models.network import products
+from strobe.models.network import decode_attention, products
 from strobe.ops import cache
 
 
@@ -50,3 +52,27 @@ def test_products_compile_what_they_tell(tokens: int) -> None:
                 else:
                     each.append(x, destination(tokens))
         assert told in compiled
+
+
+@pytest.mark.parametrize("rows", [2, 70])
+def test_decode_attention_compiles_what_it_tells(rows: int) -> None:
+    """As an H200's 132 SMs have it: what is told ahead is for that many."""
+    model = shapes.random_model(CONFIG, device="cpu", dtype=torch.bfloat16)
+    q = torch.randn(rows, 1, CONFIG.q_heads, CONFIG.head_dim).bfloat16()
+    k, v = torch.randn(2, 3, 16, CONFIG.kv_heads, CONFIG.head_dim).bfloat16()
+    lens = torch.randint(1, 33, (rows,), dtype=torch.int32)
+    table = torch.randint(3, (rows, 2), dtype=torch.int32)
+    layout = Paged(table, lens, max_kv_len=32, settled=True)
+    on_gpu = patch.object(model, "device", torch.device("cuda"))
+    with on_gpu, emulated_gpu(sm_count=132):
+        problem = decode_attention(model, rows, 32, 16)
+        told = ladder.choose(problem, "cuda_paged").source(problem)
+        kernel, compiled = jit.kernel, []
+
+        def noted(source, entry, defines=None, device=None):
+            compiled.append(jit.Source(source, defines or {}))
+            return kernel(source, entry, defines, device)
+
+        with patch.object(jit, "kernel", noted):
+            api.run(q, k, v, "cuda_paged", Options(causal=True, layout=layout))
+    assert told in compiled

@@ -68,6 +68,11 @@ class Rung:
         prepare = getattr(self.module, "prepare", None)
         return prepare(problem, q, k, v) if prepare else partial(self.module.run, problem)
 
+    def source(self, problem: AttentionProblem) -> Any:
+        """The `jit.Source` that running this compiles, if its module tells, by the shape that it chooses."""
+        told = getattr(self.module, "source", None)
+        return told(self.module.choose_shape(problem)) if told else None
+
 
 PREFILL = tuple(
     Rung("prefill", name)

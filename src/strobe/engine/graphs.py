@@ -82,16 +82,17 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
-PROMPT_SIZES = tuple(range(64, LARGEST + 1, 64))
+_DECODE_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 192, 32), 192, 256, 320, 384, LARGEST)
+"""A larger product of cuBLAS's is often the faster one: a layer of Llama-3-8B takes 183 µs for 224 tokens and
+179 for 256, 409 for 448 and 307 for 512."""
+PROMPT_SIZES = (*range(64, 385, 64), LARGEST)
 """Tokens of the graphs that run a prompt alone."""
 
 
 def decode_sizes(rows: int) -> tuple[int, ...]:
-    """Rows of the graphs of an engine that runs up to `rows` sequences: 1, 2, 4, then multiples of 8, and of
-    16 from 256 on."""
+    """Rows of the graphs of an engine that runs up to `rows` sequences."""
     largest = min(rows, LARGEST)
-    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST, 16))
-    return (*(size for size in sizes if size < largest), largest)
+    return (*(size for size in _DECODE_SIZES if size < largest), largest)
 
 
 class StepGraphs:

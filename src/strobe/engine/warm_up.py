@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from strobe.attention import ladder
 from strobe.cuda import jit
 from strobe.engine.graphs import LARGEST, decode_sizes
 from strobe.engine.request import Request
 from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import KernelRefusedError
-from strobe.models.network import products
+from strobe.models.network import decode_attention, products
 
 if TYPE_CHECKING:
     from strobe.engine.engine import Engine
@@ -44,11 +45,14 @@ def warm_up(engine: Engine) -> None:
 
 
 def _compile(engine: Engine) -> None:
-    sources = {}
-    kernel = engine.config.linear_kernel
-    for projection, residual, heads in products(engine.model):
-        for tokens in decode_sizes(engine.config.max_num_seqs):
-            source = projection.source(tokens, residual=residual, append=heads, kernel=kernel)
-            if source is not None:
-                sources[source.path, tuple(source.defines.items())] = source
-    jit.warm(sources.values(), jit.arch_of(engine.model.device.index))
+    model, config = engine.model, engine.config
+    found: list[jit.Source | None] = []
+    for rows in decode_sizes(config.max_num_seqs):
+        for projection, residual, heads in products(model):
+            found.append(
+                projection.source(rows, residual=residual, append=heads, kernel=config.linear_kernel)
+            )
+        problem = decode_attention(model, rows, engine.max_model_len, config.page_size)
+        found.append(ladder.choose(problem, config.attention_kernel).source(problem))
+    sources = {(source.path, *source.defines.items()): source for source in found if source is not None}
+    jit.warm(sources.values(), jit.arch_of(model.device.index))

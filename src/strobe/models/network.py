@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from strobe.attention.problem import AttentionProblem, Paged
+from strobe.device import gpu
 from strobe.linear import Projection
 from strobe.linear.problem import Append
 from strobe.models.batch import Batch
@@ -58,6 +60,28 @@ def products(model: Model) -> list[tuple[Projection, bool, Append | None]]:
         if isinstance(each, Projection)
     ]
     return [*found, (model.weights.head, False, None)]
+
+
+def decode_attention(model: Model, rows: int, kv_len: int, page_size: int) -> AttentionProblem:
+    """A layer's attention in a step that decodes so many rows of up to `kv_len` keys."""
+    c, device, arch = model.config, model.device, 0
+    if device.type == "cuda":
+        arch = gpu(torch.cuda.current_device() if device.index is None else device.index).arch
+    return AttentionProblem(
+        batch=rows,
+        q_len=1,
+        kv_len=kv_len,
+        q_heads=c.q_heads,
+        kv_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        dtype=str(model.dtype).removeprefix("torch."),
+        causal=True,
+        window=c.window(0),
+        layout=Paged(None, None, settled=True),
+        page_size=page_size,
+        device=device.type,
+        arch=arch,
+    )
 
 
 def tensors(weights: Any) -> Iterator[torch.Tensor]:
