@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from strobe.bench.results import Result
+from strobe.bench import engine_ladder
+from strobe.bench.results import Result, Row
 from strobe.models import shapes
 
 from .conftest import Cli
@@ -34,6 +37,22 @@ def test_a_model_as_table_and_json(cli: Cli, model_folder: Path, tmp_path: Path)
     assert result.rows[-1]["provider"] == "transformers"
     assert {"ttft_ms", "tok_s", "gbps"} <= result.rows[-1].keys()
     assert json.loads(cli(*SHORT, "--model", str(model_folder), "--json").out)["bench"] == "engine_ladder"
+
+
+def test_an_interrupt_keeps_the_engines_that_are_done(
+    cli: Cli, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine_ladder.measure
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[Row]:
+        yield next(whole(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_ladder, "measure", interrupted)
+    saved = tmp_path / "engine_ladder.json"
+    outcome = cli(*SHORT, "--model", str(model_folder), "--vs", "transformers", "--save", str(saved))
+    assert "stopped: 1 of 5 engines are measured" in outcome.err
+    assert len(Result.load(saved).rows) == 1
 
 
 def test_random_weights_are_said_to_be(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,12 +40,18 @@ def engine_ladder(
     configurations = bench.ON_GPU if where.startswith("cuda") else bench.ON_CPU
     rows: list[Row] = []
     bar, task = console.progress(len(configurations), "engines")
-    with bar:
-        for row in bench.measure(
-            network, name, configurations, folder=folder, prompt=prompt, output=output, runs=runs
-        ):
-            rows.append(row)
-            bar.advance(task)
+    try:
+        with bar:
+            for row in bench.measure(
+                network, name, configurations, folder=folder, prompt=prompt, output=output, runs=runs
+            ):
+                rows.append(row)
+                bar.advance(task)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        peers = ()
+        console.note(f"stopped: {len(rows)} of {len(configurations)} engines are measured")
     if "transformers" in peers:
         rows.append(
             bench.transformers_row(network, name, folder=folder, prompt=prompt, output=output, runs=runs)
