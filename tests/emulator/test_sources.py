@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -24,6 +28,21 @@ def destination(tokens: int) -> cache.Destination:
     return cache.Destination((turn[0], turn[1]), pages[0], pages[1], torch.arange(tokens), cache.Options())
 
 
+@contextmanager
+def noted() -> Iterator[list[jit.Source]]:
+    """What is compiled meanwhile."""
+    kernel, compiled = jit.kernel, []
+
+    def note(
+        source: Path, entry: str, defines: Mapping[str, jit.Define] | None = None, device: int = 0
+    ) -> Any:
+        compiled.append(jit.Source(source, defines or {}))
+        return kernel(source, entry, defines, device)
+
+    with patch.object(jit, "kernel", note):
+        yield compiled
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_products_compile_what_they_tell(tokens: int) -> None:
     def gpu_weight(outputs: int, inputs: int, **_: object) -> torch.Tensor:
@@ -37,16 +56,10 @@ def test_products_compile_what_they_tell(tokens: int) -> None:
     ]
     for each, residual, heads in found:
         with emulated_gpu(sm_count=3):
-            kernel, compiled = jit.kernel, []
-
-            def noted(source, entry, defines=None, device=None):
-                compiled.append(jit.Source(source, defines or {}))  # noqa: B023
-                return kernel(source, entry, defines, device)  # noqa: B023
-
             told = each.source(tokens, residual=residual, append=heads)
             x = torch.randn(tokens, each.weight.shape[1]).bfloat16()
             out = torch.zeros(tokens, len(each.weight)).bfloat16() if residual else None
-            with patch.object(jit, "kernel", noted):
+            with noted() as compiled:
                 if heads is None:
                     each(x, residual=out)
                 else:
@@ -67,12 +80,6 @@ def test_decode_attention_compiles_what_it_tells(rows: int) -> None:
     with on_gpu, emulated_gpu(sm_count=132):
         problem = decode_attention(model, rows, 32, 16)
         told = ladder.choose(problem, "cuda_paged").source(problem)
-        kernel, compiled = jit.kernel, []
-
-        def noted(source, entry, defines=None, device=None):
-            compiled.append(jit.Source(source, defines or {}))
-            return kernel(source, entry, defines, device)
-
-        with patch.object(jit, "kernel", noted):
+        with noted() as compiled:
             api.run(q, k, v, "cuda_paged", Options(causal=True, layout=layout))
     assert told in compiled
