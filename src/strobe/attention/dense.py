@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -33,6 +35,15 @@ class DenseParams(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("q_len", "kv_len", "q_heads", "group", "causal")),
         ("scale_log2e", ctypes.c_float),
     ]
+
+
+class Tile(Protocol):
+    """A block's queries, and the keys it takes at a time."""
+
+    @property
+    def q(self) -> int: ...
+    @property
+    def k(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,20 @@ def params(
         problem.window[1] == 0,
         problem.scale * math.log2(math.e),
     )
+
+
+def defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
+    """What a kernel of these tiles is compiled with."""
+    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
+
+
+def attend(
+    source: Path, problem: AttentionProblem, tile: Tile, size: Footprint, call: DenseParams, device: int
+) -> None:
+    """Run the kernel `attend` of a source: a block for each tile of queries of each head."""
+    kernel = jit.kernel(source, "attend", defines(problem.dtype, problem.head_dim, tile), device)
+    grid = (-(-problem.q_len // tile.q), problem.q_heads, problem.batch)
+    kernel(grid, size.threads, call, shared_bytes=size.shared_bytes)
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -59,19 +59,9 @@ def run(
     tile: Tile = DEFAULT,
 ) -> None:
     k, v = dense.aligned(k), dense.aligned(v)
-    attend = jit.kernel(_SOURCE, "attend", _defines(problem.dtype, problem.head_dim, tile), q.get_device())
-    size = footprint(problem.head_dim, tile)
-    attend(
-        (-(-problem.q_len // tile.q), problem.q_heads, problem.batch),
-        size.threads,
-        dense.params(problem, q, k, v, out, lse),
-        shared_bytes=size.shared_bytes,
-    )
+    call = dense.params(problem, q, k, v, out, lse)
+    dense.attend(_SOURCE, problem, tile, footprint(problem.head_dim, tile), call, q.get_device())
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines(dtype, 128, DEFAULT)) for dtype in ("bfloat16", "float32")]
-
-
-def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
+    return [jit.Source(_SOURCE, dense.defines(dtype, 128, DEFAULT)) for dtype in ("bfloat16", "float32")]

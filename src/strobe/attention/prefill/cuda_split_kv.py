@@ -89,7 +89,7 @@ def run(
     addresses = (partial_out.data_ptr(), maximum.data_ptr(), total.data_ptr())
     workspace = _Workspace(*addresses, splits, tiles_each * tile.k, rows)
     call = dense.params(problem, q, k, v, out, lse)
-    defines = _defines(problem.dtype, problem.head_dim, tile)
+    defines = dense.defines(problem.dtype, problem.head_dim, tile)
     size = footprint(problem.head_dim, tile)
     grid = (q_tiles * splits, problem.q_heads, problem.batch)
     partials = jit.kernel(_SOURCE, "partials", defines, device)
@@ -101,13 +101,9 @@ def run(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines("bfloat16", head_dim, DEFAULT)) for head_dim in (64, 128)]
+    return [jit.Source(_SOURCE, dense.defines("bfloat16", head_dim, DEFAULT)) for head_dim in (64, 128)]
 
 
 def _splits(blocks: int, sms: int) -> int:
     """Ways to split the keys so that `blocks` become enough to fill the SMs."""
     return min(_SPLITS_MAX, max(1, _BLOCKS_PER_SM * sms // blocks))
-
-
-def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}

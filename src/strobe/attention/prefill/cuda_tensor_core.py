@@ -59,19 +59,9 @@ def run(
     tile: Tile = DEFAULT,
 ) -> None:
     q, k, v = dense.aligned(q), dense.aligned(k), dense.aligned(v)
-    attend = jit.kernel(_SOURCE, "attend", _defines(problem.dtype, problem.head_dim, tile), q.get_device())
-    size = footprint(problem.head_dim, tile)
-    attend(
-        (-(-problem.q_len // tile.q), problem.q_heads, problem.batch),
-        size.threads,
-        dense.params(problem, q, k, v, out, lse),
-        shared_bytes=size.shared_bytes,
-    )
+    call = dense.params(problem, q, k, v, out, lse)
+    dense.attend(_SOURCE, problem, tile, footprint(problem.head_dim, tile), call, q.get_device())
 
 
 def sources(arch: str) -> list[jit.Source]:
-    return [jit.Source(_SOURCE, _defines("bfloat16", head_dim, DEFAULT)) for head_dim in (64, 128)]
-
-
-def _defines(dtype: str, head_dim: int, tile: Tile) -> dict[str, jit.Define]:
-    return {"scalar_t": jit.SCALAR[dtype], "HEAD_DIM": head_dim, "Q_TILE": tile.q, "K_TILE": tile.k}
+    return [jit.Source(_SOURCE, dense.defines("bfloat16", head_dim, DEFAULT)) for head_dim in (64, 128)]
