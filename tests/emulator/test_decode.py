@@ -101,3 +101,24 @@ def test_layers_share_a_prepared_launch(kernel: str) -> None:
             problem = describe(q, *layer.unbind(), Options(**options))
             judged = verdict(problem, q, *layer.unbind(), out, lse)
         assert judged.right, str(judged)
+
+
+@pytest.mark.parametrize("kernel", ["torch_naive", "torch_sdpa", "cuda_paged", "auto"])
+@pytest.mark.parametrize(
+    "given", [{}, {"max_q_len": 1, "max_kv_len": 48}], ids=["lengths read", "lengths given"]
+)
+def test_a_layout_that_was_written_to_is_followed(kernel: str, given: dict[str, int]) -> None:
+    """As where one decodes: lengths count on and pages are added, in place, in the same layout."""
+    dtype = torch.bfloat16 if kernel == "cuda_paged" else random.choice([torch.bfloat16, torch.float32])
+    q, k, v = torch.randn(2, 1, 4, 64).to(dtype), *torch.randn(2, 8, 16, 2, 64).to(dtype)
+    table = torch.randperm(8).int()[:6].view(2, 3)
+    lens = torch.tensor([48, random.randint(0, 40)], dtype=torch.int32)
+    layout = Paged(table, lens, **given)
+    for _ in range(3):
+        with emulated_gpu(3):
+            out = attention(q, k, v, layout=layout, kernel=kernel)
+            problem = describe(q, k, v, Options(layout=Paged(table.clone(), lens.clone())))
+            judged = verdict(problem, q, k, v, out)
+        assert judged.right, str(judged)
+        lens[1] += random.randint(1, 3)
+        table[0] = table[0].flip(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -37,8 +36,9 @@ class Packed:
     """Rows of different lengths laid end to end: q `[tokens, q_heads, head_dim]`, k and v likewise.
 
     `cu_seqlens_q` and `cu_seqlens_kv` are int32 `[batch + 1]` running sums on the tensors' device.
-    The maximum lengths are host integers; where they are left out they are read off the device,
-    which waits for it. Tokens past the last sum are neither read nor written. `scratch` is as in `Paged`.
+    The maximum lengths are host integers; where they are left out they are read off the device, once,
+    which waits for it: what is written to the sums later may not pass them. Tokens past the last sum are
+    neither read nor written. `scratch` is as in `Paged`.
     """
 
     cu_seqlens_q: Any
@@ -47,15 +47,20 @@ class Packed:
     max_kv_len: int | None = None
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def host_q(self) -> list[int]:
-        """`cu_seqlens_q` on the host (waits for the device)."""
-        return [int(n) for n in self.cu_seqlens_q.tolist()]
+    @property
+    def written(self) -> tuple[int, ...]:
+        """How often each of its tensors was written to in place; 0 where nobody counts (inference mode)."""
+        return _version(self.cu_seqlens_q), _version(self.cu_seqlens_kv)
 
-    @cached_property
+    @property
+    def host_q(self) -> list[int]:
+        """`cu_seqlens_q` on the host (waits for the device where it was written to)."""
+        return _on_host(self, "cu_seqlens_q")
+
+    @property
     def host_kv(self) -> list[int]:
-        """`cu_seqlens_kv` on the host (waits for the device)."""
-        return [int(n) for n in self.cu_seqlens_kv.tolist()]
+        """`cu_seqlens_kv` on the host (waits for the device where it was written to)."""
+        return _on_host(self, "cu_seqlens_kv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,18 +92,37 @@ class Paged:
     settled: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def host_q(self) -> list[int] | None:
-        """`cu_seqlens_q` on the host (waits for the device), or None where q is not packed."""
-        return None if self.cu_seqlens_q is None else [int(n) for n in self.cu_seqlens_q.tolist()]
+    @property
+    def written(self) -> tuple[int, ...]:
+        """How often each of its tensors was written to in place; 0 where nobody counts (inference mode)."""
+        return _version(self.page_table), _version(self.seq_lens), _version(self.cu_seqlens_q)
 
-    @cached_property
+    @property
+    def host_q(self) -> list[int] | None:
+        """`cu_seqlens_q` on the host (waits for the device where it was written to), None without one."""
+        return None if self.cu_seqlens_q is None else _on_host(self, "cu_seqlens_q")
+
+    @property
     def host_lens(self) -> list[int]:
-        """`seq_lens` on the host (waits for the device)."""
-        return [int(n) for n in self.seq_lens.tolist()]
+        """`seq_lens` on the host (waits for the device where it was written to)."""
+        return _on_host(self, "seq_lens")
 
 
 Layout = Dense | Packed | Paged
+
+
+def _version(tensor: Any) -> int:
+    counted = tensor is not None and hasattr(tensor, "is_inference") and not tensor.is_inference()
+    return tensor._version if counted else 0
+
+
+def _on_host(layout: Packed | Paged, name: str) -> list[int]:
+    """A tensor of the layout as integers, read again where it was written to since."""
+    tensor = getattr(layout, name)
+    kept, version = layout.scratch.get(("on the host", name)), _version(tensor)
+    if kept is None or kept[0] != version:
+        kept = layout.scratch["on the host", name] = version, [int(n) for n in tensor.tolist()]
+    return kept[1]
 
 
 class Options(NamedTuple):

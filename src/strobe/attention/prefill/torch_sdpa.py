@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Packed, Paged
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Paged
 from strobe.attention.rows import visible
 
 TAKES_BIAS = True
@@ -113,13 +113,16 @@ class _Group:
 
 
 def _groups(problem: AttentionProblem, device: torch.device) -> list[_Group]:
-    """The groups of a layout under this problem's mask, made once and kept with the layout."""
+    """The groups of a layout under this problem's mask, kept with the layout until that is written to."""
     layout = problem.layout
-    scratch = layout.scratch if isinstance(layout, (Paged, Packed)) else {}
+    if isinstance(layout, Dense):
+        return _make_groups(problem, device)
     key = f"torch_sdpa {problem.window} {problem.page_size}"
-    if key not in scratch:
-        scratch[key] = _make_groups(problem, device)
-    return scratch[key]
+    written, groups = layout.scratch.get(key, (None, []))
+    if written != layout.written:
+        groups = _make_groups(problem, device)
+        layout.scratch[key] = layout.written, groups
+    return groups
 
 
 def _make_groups(problem: AttentionProblem, device: torch.device) -> list[_Group]:
