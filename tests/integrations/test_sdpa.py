@@ -104,6 +104,20 @@ def test_redirect_reaches_into_torchs_modules(training: bool) -> None:
     torch.testing.assert_close(given[1][~hidden], expected[1][~hidden], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtypes", ["fff", "ffb", "bff", "ddd"])
+def test_autocast_is_followed(dtypes: str) -> None:
+    kinds = {"f": torch.float32, "b": torch.bfloat16, "d": torch.float64}
+    tensors = [torch.randn(2, 4, 9, 16).to(kinds[kind]) for kind in dtypes]
+    mask = torch.randn(9, 9)
+    for options in ({}, {"is_causal": True}, {"attn_mask": mask.to(tensors[0].dtype)}):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = F.scaled_dot_product_attention(*tensors, **options)
+            with redirect() as mode:
+                out = F.scaled_dot_product_attention(*tensors, **options)
+        assert mode.taken == 1
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)  # and of its dtype
+
+
 @pytest.mark.parametrize("width", [5, 24])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_values_of_another_width(width: int, is_causal: bool) -> None:

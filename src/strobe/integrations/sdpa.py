@@ -31,9 +31,9 @@ def scaled_dot_product_attention(
 
     attn_mask is bool (True: may attend) or is added to the scores, broadcastable to
     `[..., q_heads, q_len, kv_len]`. Values may be narrower or wider than keys: the narrower are copied and
-    padded. A query that sees no key gives 0. Raises ProblemError for dropout, for is_causal with a mask,
-    for leading dimensions that differ (torch broadcasts them), and for fewer key than query heads without
-    `enable_gqa`.
+    padded. torch.autocast is followed. A query that sees no key gives 0. Raises ProblemError for dropout,
+    for is_causal with a mask, for leading dimensions that differ (torch broadcasts them), and for fewer key
+    than query heads without `enable_gqa`.
     """
     if dropout_p:
         raise ProblemError(f"dropout_p is {dropout_p}; supported: 0.0", hint="strobe runs inference")
@@ -43,6 +43,7 @@ def scaled_dot_product_attention(
         given = ", ".join(str(list(x.shape)) for x in (query, key, value))
         raise ProblemError(f"query, key and value are {given}; supported: equal leading dimensions")
     scale = query.shape[-1] ** -0.5 if scale is None and query.shape[-1] else scale
+    query, key, value = as_autocast(query), as_autocast(key), as_autocast(value)
     query, key, value, width = of_one_width(query, key, value)
     q, k, v = (_four(x if x.stride(-1) == 1 else x.contiguous()) for x in (query, key, value))
     q_heads, kv_heads = q.shape[1], k.shape[1]
@@ -64,6 +65,14 @@ def scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window=window, scale=scale, bias=bias
     )
     return cast(torch.Tensor, out).transpose(1, 2).reshape(query.shape)[..., :width]
+
+
+def as_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that torch.autocast asks of products, where it is on: of all but float64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def of_one_width(

@@ -14,7 +14,7 @@ import torch
 from strobe.attention.api import attention
 from strobe.attention.problem import UNLIMITED
 from strobe.errors import MissingExtraError, ProblemError
-from strobe.integrations.sdpa import additive, of_one_width
+from strobe.integrations.sdpa import additive, as_autocast, of_one_width
 
 NAME = "strobe"
 
@@ -62,7 +62,7 @@ def attention_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
         left = kwargs.get("sliding_window")
         window = (UNLIMITED if left is None else left - 1, 0)
-    query, key, value, width = of_one_width(query, key, value)
+    query, key, value, width = of_one_width(as_autocast(query), as_autocast(key), as_autocast(value))
     out = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
