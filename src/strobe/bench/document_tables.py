@@ -161,13 +161,11 @@ def _linear(result: Result) -> str:
 
 def _latency(result: Result) -> str:
     def line(row: Row) -> list[str]:
-        figures = (
-            tables.number(row[name]) for name in ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s")
-        )
-        return [row["case"]["model"], row["provider"], *figures]
+        names = ("ttft_ms", "tpot_ms", "tpot_ms_p50", "tpot_ms_p99", "tok_s", "gbps")
+        return [row["case"]["model"], row["provider"], *(tables.number(row[name]) for name in names)]
 
     case = result.rows[0]["case"]
-    head = ["model", "", "first token, ms", "between tokens, ms", "p50", "p99", "tok/s"]
+    head = ["model", "", "first token, ms", "between tokens, ms", "p50", "p99", "tok/s", "GB/s"]
     about = f"One request, prompt {case['prompt']}, output {case['output']}, {_dtype(result)}"
     return f"{about}:\n\n{tables.markdown(head, [line(row) for row in result.rows])}"
 
@@ -176,11 +174,11 @@ def _throughput(result: Result) -> str:
     case = result.rows[0]["case"]
     (p_low, p_high), (o_low, o_high) = case["prompt"], case["output"]
     about = f"{case['requests']} requests, prompts {p_low} to {p_high}, outputs {o_low} to {o_high}"
-    lines = [
-        [row["case"]["model"], row["provider"], tables.number(row["tok_s"]), str(row.get("best_batch", "–"))]
-        for row in result.rows
-    ]
-    head = ["model", "", "output tok/s", "best batch size"]
+    lines = []
+    for row in result.rows:
+        figures = [tables.number(row[name]) for name in ("tok_s", "gbps")]
+        lines.append([row["case"]["model"], row["provider"], *figures, str(row.get("best_batch", "–"))])
+    head = ["model", "", "output tok/s", "GB/s", "best batch size"]
     return f"{about}, {_dtype(result)}:\n\n{tables.markdown(head, lines)}"
 
 
