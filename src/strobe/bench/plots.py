@@ -41,23 +41,31 @@ def against_length(rows: Sequence[Row], path: Path, title: str) -> None:
     speed = ("gbps", "GB/s") if decode else ("tflops", "TFLOP/s")
     panels = [("ms", "ms"), speed]
     if any(row.get("peak_bytes") for row in rows):
-        panels.append(("peak_bytes", "extra memory, bytes"))
+        panels.append(("peak_bytes", "extra memory, MiB"))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels) + 2, 4.5), layout="constrained")
     lengths = sorted({row["case"]["kv_len"] for row in rows})
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     colors = pyplot.get_cmap("tab10" if len(providers) <= 10 else "tab20").colors
     for axis, (field, label) in zip(axes, panels, strict=True):
         for index, provider in enumerate(providers):
+            unit = 2**20 if field == "peak_bytes" else 1
             points = [
-                (row["case"]["kv_len"], row[field])
+                (row["case"]["kv_len"], row[field] / unit)
                 for row in rows
-                if row["provider"] == provider and row.get(field)
+                if row["provider"] == provider and row.get(field) is not None
             ]
             if points:
                 line(axis, points, provider, colors[index % len(colors)])
         axis.set_xscale("log", base=2)
-        axis.set_yscale("linear" if field == speed[0] else "log")
         axis.set_xticks(lengths, [short(n) for n in lengths])
+        if field == "ms":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(pyplot.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        elif field == "peak_bytes":  # none is an amount too
+            axis.set_yscale("symlog", linthresh=0.001)
+            axis.set_ylim(-0.0005, 2 * max(row.get(field) or 0 for row in rows) / 2**20)
+        if field != speed[0]:
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.set_xlabel("keys")
         axis.set_ylabel(label)
