@@ -1,10 +1,10 @@
 """FlashAttention's functions over strobe: `from strobe.integrations.flash_attn import flash_attn_func`.
 
-Signatures, layouts and semantics are those of the flash_attn package (2.x), forward only: causal is
-aligned bottom-right, windows are inclusive, a query that sees nothing gives 0 (and lse -inf, where
-flash_attn has inf). What strobe does not have (dropout, alibi slopes, attention probabilities) is refused
-by name. Queries, keys and values whose last dimension is not contiguous are copied; caches are not.
-Runs on a CPU as well.
+Signatures, layouts and semantics are those of the flash_attn package (2.x): causal is aligned bottom-right,
+windows are inclusive, a query that sees nothing gives 0 (and lse -inf, where flash_attn has inf). It is made
+for inference: gradients are those of `strobe.attention`, by the formula. What strobe does not have (dropout,
+alibi slopes, attention probabilities) is refused by name. Queries, keys and values whose last dimension is
+not contiguous are copied; caches are not. Runs on a CPU as well.
 """
 
 from __future__ import annotations
