@@ -18,15 +18,17 @@ def against_floor(result: Result, path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(models), 1, figsize=(9, 2.6 * len(models) + 0.8), squeeze=False, layout="constrained"
     )
-    width = 0.8 / len(providers)
     for axis, model in zip(axes[:, 0], models, strict=True):
         here = [row for row in rows if row["case"]["model"] == model]
         cases = list(dict.fromkeys(map(_case, here)))
-        for index, provider in enumerate(providers):
+        present = [provider for provider in providers if any(row["provider"] == provider for row in here)]
+        width = 0.8 / len(present)
+        for index, provider in enumerate(present):
             mine = [row for row in here if row["provider"] == provider]
-            places = [cases.index(_case(row)) + (index - (len(providers) - 1) / 2) * width for row in mine]
+            places = [cases.index(_case(row)) + (index - (len(present) - 1) / 2) * width for row in mine]
             shares = [row["floor_percent"] for row in mine]
-            drawn = axis.bar(places, shares, 0.92 * width, color=colors[index], label=provider)
+            color = colors[providers.index(provider)]
+            drawn = axis.bar(places, shares, 0.92 * width, color=color, label=provider)
             axis.bar_label(drawn, [f"{row['tok_s']:,.0f}" for row in mine], padding=2, fontsize=7)
         axis.set_xticks(range(len(cases)), cases, fontsize=8)
         axis.set_ylim(0, 112)
