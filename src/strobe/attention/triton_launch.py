@@ -69,7 +69,7 @@ class Kernel:
 
     def digest(self, *parts: object) -> str:
         """Of the source that it stands in, Triton's version and `parts`."""
-        told = json.dumps([self.entry, _text(self.module), importlib.metadata.version("triton"), *parts])
+        told = json.dumps([self.entry, _text(self.module), _version(), *parts])
         return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -224,6 +224,15 @@ def _load(variant: Variant, device: int) -> tuple[jit.Kernel, dict[str, Any]]:
                 found = jit.Kernel(cubin, module, variant.kernel.entry, device), json.loads(cubin.log)
                 _loaded[variant, device] = found
     return found
+
+
+@cache
+def _version() -> str:
+    """Triton's: its package's (cheap), or where it came under another name its own answer."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.import_module("triton").__version__
 
 
 @cache
