@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,21 +17,22 @@ from strobe.cuda import jit
 
 
 class Recorder:
-    """Stands for a Kernel and for its Launch: keeps each launch's map addresses and a copy of its params."""
+    """Stands for a Kernel: keeps each launch's map addresses and its params."""
 
     device = 0
 
     def __init__(self) -> None:
         self.launches: list[tuple[list[int], launching.Params]] = []
-        self.prepared = 0
+        self.prepared = self.packed = 0
 
-    def prepare(self, args: list[Any], **shape: Any) -> Recorder:
-        self.pointers, self._params = [0, 0, 0, 0, 0], args[3]
+    def prepare(self, args: list[Any], **shape: Any) -> SimpleNamespace:
         self.prepared += 1
-        return self
+        return SimpleNamespace(like=self.like)
 
-    def on(self, stream: int) -> None:
-        self.launches.append((self.pointers[:3], launching.Params.from_buffer_copy(self._params)))
+    def like(self, args: list[Any]) -> SimpleNamespace:
+        self.packed += 1
+        maps, params = [ctypes.addressof(each) for each in args[:3]], args[3]
+        return SimpleNamespace(on=lambda stream: self.launches.append((maps, params)))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_maps_are_encoded_for_new_addresses_only(recorder: Recorder, encoded: di
             strides = params.out_batch_stride, params.out_row_stride, params.out_head_stride
             assert strides == out.stride()[:3]
             assert (params.lse_batch_stride, params.lse_head_stride) == lse.stride()[:2]
-    assert recorder.prepared == 1
+    assert (recorder.prepared, recorder.packed) == (1, len(layers))
     call(*layers[0], out, None)
     assert recorder.launches[-1][1].lse is None
 
@@ -144,41 +144,39 @@ def test_sinks_that_must_be_converted_are_converted_each_time(
         assert recorder.launches[-1][1].sinks not in (None, sinks.data_ptr())
 
 
-def test_threads_at_once_have_arguments_of_their_own(
+def test_a_stream_s_launches_are_its_own(
     recorder: Recorder, encoded: dict[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launch gives the interpreter up: what it reads must not change meanwhile."""
-    calls = [qkv() for _ in range(3)]
-    problem = describe(*calls[0], Options())
-    outs = [torch.empty_like(q) for q, _, _ in calls]
-    together = threading.Barrier(len(calls))
-    seen: list[tuple[list[int], int]] = []
+    """Streams draw tiles from counters of their own; each captured launch has one for itself."""
+    tensors = qkv()
+    out, captured = torch.empty_like(tensors[0]), iter(range(100, 200))
+    now = SimpleNamespace(stream=0, capturing=False)
 
-    def prepare(args: list[Any], **_: Any) -> SimpleNamespace:
-        pointers, params = [0] * 5, args[3]
+    class Counters(dict[int, int]):
+        def captured(self) -> int:
+            return next(captured)
 
-        def on(stream: int) -> None:
-            together.wait(10)
-            seen.append((pointers[:3], params.out))
+    monkeypatch.setattr(launching, "counters", lambda _: Counters({0: 1, 7: 70, 8: 80}))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: now.stream)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: now.capturing)
+    call = cuda_hopper.prepare(describe(*tensors, Options()), *tensors)
+    for now.stream, now.capturing in ((0, False), (7, False), (8, True), (8, True), (8, False), (7, False)):
+        call(*tensors, out, None)
+    assert [params.next_tile for _, params in recorder.launches] == [1, 70, 100, 101, 80, 70]
 
-        return SimpleNamespace(pointers=pointers, on=on)
 
-    monkeypatch.setattr(recorder, "prepare", prepare)
-    call = cuda_hopper.prepare(problem, *calls[0])
-    for _ in range(3):
-        threads = [
-            threading.Thread(target=call, args=(*tensors, out, None))
-            for tensors, out in zip(calls, outs, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    expected = [
-        ([encoded[x.data_ptr()] for x in tensors], out.data_ptr())
-        for tensors, out in zip(calls, outs, strict=True)
-    ]
-    assert sorted(seen) == sorted(3 * expected)
+def test_launches_are_bounded(
+    recorder: Recorder, encoded: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching.Launch, "MOST", 3)
+    tensors = qkv()
+    call = cuda_hopper.prepare(describe(*tensors, Options()), *tensors)
+    outs = [torch.empty_like(tensors[0]) for _ in range(8)]
+    for out in (*outs, *outs[::-1]):
+        for _ in range(2):
+            call(*tensors, out, None)
+            assert recorder.launches[-1][1].out == out.data_ptr()
+    assert len(outs) < recorder.packed <= 2 * len(outs)
 
 
 def test_maps_are_bounded(encoded: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +184,8 @@ def test_maps_are_bounded(encoded: dict[int, int], monkeypatch: pytest.MonkeyPat
     q = qkv()[0]
     maps = launching.Maps(q.dtype, q.shape, q.stride(), launching.ROWS)
     for address in range(16, 16 * 20, 16):
-        assert maps[address] == encoded[address]
-        assert maps[address] == encoded[address]
+        for _ in range(2):
+            assert ctypes.addressof(maps[address]) == encoded[address]
         assert len(maps) <= 5
 
 

@@ -26,7 +26,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
 
     monkeypatch.setattr(plan, "describe", describe)
     monkeypatch.setattr(plan, "_dense", {})
-    monkeypatch.setattr(plan, "_latest", {})
+    monkeypatch.setattr(plan, "_recent", {})
     return seen
 
 
@@ -153,7 +153,7 @@ def test_what_is_refused_stays_refused(described: list[Options]) -> None:
     assert not plan._dense
 
 
-def test_calls_like_the_latest_read_no_shapes(
+def test_calls_like_a_recent_one_read_no_shapes(
     described: list[Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = qkv()
@@ -162,6 +162,26 @@ def test_calls_like_the_latest_read_no_shapes(
     for given, expected in zip(attention(q, k, v, causal=True, return_lse=True), first, strict=True):
         assert torch.equal(given, expected)
         assert given.stride() == expected.stride()
+
+
+def test_shapes_in_turns_are_all_recent(described: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [qkv(length) for length in range(1, plan.RECENT + 2)]
+    expected = [attention(*call) for call in calls]
+    find = plan.of
+    missed: list[int] = []
+
+    def of(q: torch.Tensor, *rest: Any) -> plan.Plan:
+        missed.append(q.shape[1])
+        return find(q, *rest)
+
+    monkeypatch.setattr(plan, "of", of)
+    for _ in range(3):
+        for call, right in zip(calls[1:], expected[1:], strict=True):
+            assert torch.equal(attention(*call), right)
+    assert not missed
+    assert torch.equal(attention(*calls[0]), expected[0])
+    assert missed == [1]
+    assert len(described) == len(calls)
 
 
 @pytest.mark.parametrize(
@@ -178,21 +198,16 @@ def test_calls_like_the_latest_read_no_shapes(
     ],
     ids=["shape", "strides", "dtype", "requires_grad", "class", "device", "dimensions", "no tensor"],
 )
-def test_calls_unlike_the_latest_are_told_from_it(described: list[Options], other: Any) -> None:
+def test_calls_unlike_a_recent_one_are_told_from_it(described: list[Options], other: Any) -> None:
     q, k, v = qkv()
-    options = Options()
     attention(q, k, v)
-    assert plan.latest(q, k, v, "auto", options)
+    assert plan.recent(q, k, v, None, ("auto", *Options()))
     for odd in range(3):
         tensors: list[Any] = [q, k, v]
         tensors[odd] = other(tensors[odd])
-        try:
-            found = plan.latest(*tensors, "auto", options)
-        except TypeError:  # the check takes tensors only
-            found = None
-        assert found is None
-    assert plan.latest(q, k, v, "auto", options._replace(causal=True)) is None
-    assert plan.latest(q, k, v, "torch_naive", options) is None
+        assert plan.recent(*tensors, None, ("auto", *Options())) is None
+    for asked in (("auto", *Options(causal=True)), ("torch_naive", *Options()), ("auto", *Options(sinks=[]))):
+        assert plan.recent(q, k, v, None, asked) is None
 
 
 def test_inference_mode_has_plans_of_its_own(described: list[Options]) -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from cuda_emulator import emulated_gpu
 
+from strobe.attention import Paged
 from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case
 from strobe.attention.check import verdict
 from strobe.attention.prefill import cuda_hopper
 from strobe.attention.prefill.cuda_hopper import Tile
+from strobe.cuda import jit
 
 
 def answer(case: Case, tile: Tile | None, sm_count: int) -> torch.Tensor:
@@ -121,3 +123,18 @@ def test_what_a_way_cannot_do_is_refused() -> None:
     ):
         hopper = replace(problem, arch=90)
         assert any(reason in given for given in cuda_hopper.refusals_for_tile(hopper, tile)), tile
+
+
+@pytest.mark.parametrize("kernel", ["auto", "cuda_hopper", "cuda_paged", "cuda_cluster", "cuda_async"])
+def test_calls_with_nothing_to_fill_launch_nothing(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rows, or rows without queries: shapes alone come back."""
+    inputs = Case("empty", ((1, 20), (1, 9)), 8, layout="paged", causal=True).inputs(torch.bfloat16)
+    layout = inputs.options["layout"]
+    with emulated_gpu():
+        monkeypatch.setattr(jit, "kernel", None)
+        for rows, queries in ((2, 0), (0, 1), (0, 0)):
+            q = inputs.q[:rows, :queries]
+            part = Paged(layout.page_table[:rows], layout.seq_lens[:rows])
+            out, lse = attention(q, inputs.k, inputs.v, layout=part, kernel=kernel, return_lse=True)
+            assert out.shape == q.shape
+            assert lse.shape == (rows, 8, queries)

@@ -7,7 +7,7 @@ from torch.compiler import is_dynamo_compiling
 
 from strobe.attention import plan
 from strobe.attention.op import needed, traced
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Layout, Options
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Layout, Options
 
 
 def attention(
@@ -58,13 +58,15 @@ def attention(
     if is_dynamo_compiling():
         options = Options(causal, window, scale, softcap, sinks, bias, layout, return_lse)
         return traced(q, k, v, kernel, options)
-    # 0.2 µs less than Options(...), whose arguments are parsed in Python
-    options = tuple.__new__(Options, (causal, window, scale, softcap, sinks, bias, layout, return_lse))
-    call = plan.latest(q, k, v, kernel, options)
+    if layout is not None and isinstance(layout, Dense):
+        layout = None
+    asked = kernel, causal, window, scale, softcap, sinks, bias, layout, return_lse
+    call = plan.recent(q, k, v, layout, asked)
     if call is None or (sinks is not None and sinks.requires_grad and torch.is_grad_enabled()):
+        options = Options(*asked[1:])
         if needed(q, k, v, kernel, options):
             return traced(q, k, v, kernel, options)
-        out, lse = run(q, k, v, kernel, options)
+        out, lse = _run(q, k, v, kernel, options)
     else:
         out, lse = call(q, k, v)
     return out if lse is None else (out, lse)
@@ -79,9 +81,18 @@ def run(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`(out, lse or None)` by the chosen rung; `out` is filled where it is given: contiguous, like q."""
-    call = plan.latest(q, k, v, kernel, options)
-    if call is not None:
-        return call(q, k, v, out)
+    call = plan.recent(q, k, v, options.layout, (kernel, *options))
+    return _run(q, k, v, kernel, options, out) if call is None else call(q, k, v, out)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kernel: str,
+    options: Options,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     planned = plan.of(q, k, v, kernel, options)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

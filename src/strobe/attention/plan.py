@@ -29,6 +29,9 @@ Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 Call = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """`(out, lse or None)` of `call(q, k, v, out=None)`; `out` is filled where it is given."""
 
+RECENT = 16
+"""Plans that are tried for calls with the same options: layers of a model may take turns between shapes."""
+
 _Again = tuple[Callable[..., bool], int | None, Call]
 """Whether tensors are alike, the GPU that must be current, the call."""
 
@@ -38,7 +41,7 @@ MOST = 1024
 
 @dataclass(eq=False)
 class Plan:
-    """How calls of one signature run. `empty`: there is nothing to fill. `again` is what `latest` finds."""
+    """How calls of one signature run. `empty`: there is nothing to fill. `again` is what `recent` finds."""
 
     problem: AttentionProblem
     rung: ladder.Rung
@@ -47,18 +50,21 @@ class Plan:
     again: _Again | None = None
 
 
-def latest(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options) -> Call | None:
-    """What the latest call with these options did, if q, k and v are like its and their GPU is current.
+def recent(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Any, asked: tuple[Any, ...]
+) -> Call | None:
+    """What a recent call that asked for this did, if q, k and v are like its and their GPU is current.
 
-    A look-up and one call of C++ take a third of what `of` takes to read shapes and strides into a key.
+    `asked` is `(kernel, *options)`. A look-up and one call of C++ take a third of what `of` takes to read
+    shapes and strides into a key.
     """
-    layout: Any = options.layout
     try:
-        alike, gpu, call = _latest[kernel, options] if layout is None else layout.scratch[kernel, options]
+        found = _recent[asked] if layout is None else layout.scratch[asked]
     except (KeyError, TypeError, AttributeError):  # new, without a hash, or no layout with plans
         return None
-    if alike(q, k, v) and (gpu is None or gpu == torch._C._cuda_getDevice()):
-        return call
+    for alike, gpu, call in found:
+        if alike(q, k, v):
+            return call if gpu is None or gpu == torch._C._cuda_getDevice() else None
     return None
 
 
@@ -104,7 +110,7 @@ def _plain(x: object) -> bool:
 def _remember(
     plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options
 ) -> None:
-    """Keep what `latest` finds.
+    """Keep what `recent` finds.
 
     `alike` compares what torch.compile guards its code by: type, dispatch keys (which modes and torch.func
     change), dtype, device, requires_grad, shape, strides. The grad mode and function modes it does not see.
@@ -115,10 +121,11 @@ def _remember(
     if plan.again is None or not plan.again[0](q, k, v):
         alike = guards.TensorGuards(q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         plan.again = alike, q.get_device() if q.device.type == "cuda" else None, _call(plan, q)
-    kept = options.layout.scratch if isinstance(options.layout, (Packed, Paged)) else _latest
-    if kept is _latest and len(kept) >= MOST:
+    kept = options.layout.scratch if isinstance(options.layout, (Packed, Paged)) else _recent
+    if kept is _recent and len(kept) >= MOST:
         kept.clear()
-    kept[kernel, options] = plan.again
+    asked: tuple[Any, ...] = (kernel, *options)
+    kept[asked] = (plan.again, *(each for each in kept.get(asked, ()) if each is not plan.again))[:RECENT]
 
 
 def current(q: torch.Tensor) -> AbstractContextManager[object]:
@@ -153,7 +160,7 @@ def _call(plan: Plan, q: torch.Tensor) -> Call:
 
 
 _dense: dict[tuple[Any, ...], Plan] = {}
-_latest: dict[tuple[str, Options], _Again] = {}
+_recent: dict[tuple[Any, ...], tuple[_Again, ...]] = {}
 
 
 def _follow(layout: Packed | Paged) -> None:
@@ -161,24 +168,13 @@ def _follow(layout: Packed | Paged) -> None:
 
     On a CPU, where lengths and page numbers are checked. Kernels on a GPU read them there, each time.
     """
-    if isinstance(layout, Paged):
-        indices = layout.page_table, layout.seq_lens, layout.cu_seqlens_q
-    else:
-        indices = layout.cu_seqlens_q, layout.cu_seqlens_kv, None
-    versions = [_version(x) for x in indices]
-    if layout.scratch.get(_VERSIONS) != versions:
+    written = layout.written
+    if layout.scratch.get(_WRITTEN) != written:
         layout.scratch.clear()
-        for name in ("host_q", "host_kv", "host_lens"):
-            vars(layout).pop(name, None)
-        layout.scratch[_VERSIONS] = versions
+        layout.scratch[_WRITTEN] = written
 
 
-_VERSIONS = "plan: versions"
-
-
-def _version(value: object) -> int:
-    """How often a tensor has been written to; 0 for others, and under inference_mode: nobody counts."""
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+_WRITTEN = "plan: written"
 
 
 def _make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options) -> Plan:

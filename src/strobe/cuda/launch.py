@@ -48,11 +48,11 @@ class Launch:
 
     `args` holds the ctypes values as they were given: write to their fields (or `.value`) between
     launches and the next launch sees it. A launch copies them before it returns. Tensors are not
-    kept alive, only their addresses. `pointers` says where each argument stands: set one to have it taken
-    from another address, where it must stay. Not for two threads at once.
+    kept alive, only their addresses. Not for two threads at once, unless nothing is written between their
+    launches and they launch on one stream.
     """
 
-    __slots__ = ("_config", "_handed", "_kernel", "_stream", "_submit", "args", "pointers")
+    __slots__ = ("_config", "_handed", "_kernel", "_pointers", "_stream", "_submit", "args")
 
     def __init__(
         self,
@@ -65,22 +65,28 @@ class Launch:
         cluster: Dim | None = None,
         programmatic: bool = False,
     ) -> None:
-        self._kernel = kernel
-        if isinstance(args, ctypes.Structure):
-            self.args: list[Any] = [args]
-            addresses = [ctypes.addressof(args)]
-        else:
-            self.args = [_argument(arg) for arg in args]
-            addresses = [*map(ctypes.addressof, self.args)]
-        self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._config = _Config(*_dim3(grid), *_dim3(block), shared_bytes)
+        config = _Config(*_dim3(grid), *_dim3(block), shared_bytes)
         if cluster is not None or programmatic:
             attributes = _attributes(cluster, programmatic)
-            self._config.attributes = ctypes.addressof(attributes)
-            self._config.attribute_count = len(attributes)
+            config.attributes = ctypes.addressof(attributes)
+            config.attribute_count = len(attributes)
+        given = [args] if isinstance(args, ctypes.Structure) else args
+        self._pack(kernel, config, [_argument(arg) for arg in given])
+
+    def _pack(self, kernel: Kernel, config: _Config, args: list[Any]) -> None:
+        self._kernel, self._config, self.args = kernel, config, args
         self._stream = 0
+        self._pointers = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
         self._submit = kernel._submit
-        self._handed = ctypes.byref(self._config), kernel._function, ctypes.byref(self.pointers)
+        self._handed = ctypes.byref(config), kernel._function, ctypes.byref(self._pointers)
+
+    def like(self, args: list[Any]) -> Launch:
+        """Another one of this kernel, grid and block, with other arguments: ctypes values."""
+        other = object.__new__(Launch)
+        config = _Config.from_buffer_copy(self._config)
+        config.stream = None
+        other._pack(self._kernel, config, args)
+        return other
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -93,7 +99,7 @@ class Launch:
 
     def point(self, argument: int, address: int) -> None:
         """Take argument number `argument` from this address from now on; what stands there must stay."""
-        self.pointers[argument] = address
+        self._pointers[argument] = address
 
     def __call__(self, stream: int | None = None) -> None:
         """Launch on `stream` (a raw handle), or on torch's current stream of the kernel's device.

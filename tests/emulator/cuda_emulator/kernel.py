@@ -121,10 +121,18 @@ class Launch:
         self.cluster, self.shared_bytes = _dim3(cluster or 1), shared_bytes
         self.programmatic = programmatic
         self.args = [args] if isinstance(args, ctypes.Structure) else [_argument(arg) for arg in args]
-        self.pointers = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
+        self._addresses = (ctypes.c_void_p * len(self.args))(*map(ctypes.addressof, self.args))
 
     def point(self, argument: int, address: int) -> None:
-        self.pointers[argument] = address
+        self._addresses[argument] = address
+
+    def like(self, args: Sequence[Any]) -> Launch:
+        shape = {
+            "shared_bytes": self.shared_bytes,
+            "cluster": self.cluster,
+            "programmatic": self.programmatic,
+        }
+        return Launch(self.kernel, self.grid, self.block, args, **shape)
 
     def on(self, stream: int) -> None:
         self(stream)
@@ -143,7 +151,7 @@ class Launch:
         launch = _Launch(
             *((ctypes.c_uint32 * 3)(*_dim3(dim)) for dim in (self.grid, self.block, self.cluster)),
             *(self.shared_bytes, len(self.args), len(extents), last_block_first, self.programmatic),
-            *map(ctypes.addressof, (self.pointers, sizes, edges, addresses)),
+            *map(ctypes.addressof, (self._addresses, sizes, edges, addresses)),
         )
         self.kernel.run(launch)
 

@@ -83,29 +83,25 @@ class Params(ctypes.Structure):
 
 
 class Launch:
-    """One problem's launch for tensors of given shapes and strides; each call says where they are.
+    """One problem's launches for tensors of given shapes and strides: one for each set of addresses met.
 
-    `maps` are of q, k, v and, where the copy engine stores it too, of out. For several threads: each that
-    launches takes packed arguments from those that lie idle, or packs anew.
+    `maps` are of q, k, v and, where the copy engine stores it too, of out. What is packed once is written no
+    more, so threads share it; where addresses come back, as they do layer by layer and step by step, a call
+    only looks them up.
     """
 
+    MOST = 256
+
     def __init__(self, kernel: jit.Kernel, params: Params, maps: tuple[Maps, ...], **shape: Any) -> None:
-        self._device = kernel.device
+        self._device, self._params = kernel.device, params
         self._q, self._k, self._v = maps[:3]
         self._out = maps[3] if len(maps) > 3 else None
-        self._counters = counters(kernel.device)
-        self._stream_of, self._capturing = (
-            torch._C._cuda_getCurrentRawStream,
-            torch._C._cuda_isCurrentStreamCapturing,
-        )
         unset = jit.TensorMap()
-
-        def pack() -> tuple[jit.Launch, Params]:
-            own = Params.from_buffer_copy(params)
-            return kernel.prepare(args=[unset, unset, unset, own, unset], **shape), own
-
-        self._pack = pack
-        self._idle = [pack()]
+        self._like = kernel.prepare(args=[unset, unset, unset, params, unset], **shape).like
+        self._counters = counters(kernel.device)
+        self._stream_of = torch._C._cuda_getCurrentRawStream
+        self._capturing = torch._C._cuda_isCurrentStreamCapturing
+        self._packed: dict[tuple[int, ...], jit.Launch] = {}
 
     def run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
@@ -115,26 +111,27 @@ class Launch:
         Raises:
             OffSixteenBytes: q, k or v.
         """
-        q_at, out_at = q.data_ptr(), out.data_ptr()
-        # keys that are not there are q's, whose map is never read
-        q_map, k_map, v_map = self._q[q_at], self._k[k.data_ptr() or q_at], self._v[v.data_ptr() or q_at]
         stream = self._stream_of(self._device)
-        try:
-            packed = self._idle.pop()
-        except IndexError:
-            packed = self._pack()
-        launch, params = packed
-        pointers = launch.pointers
-        pointers[0], pointers[1], pointers[2] = q_map, k_map, v_map
-        if self._out is not None:
-            pointers[4] = self._out[out_at]
-        params.out, params.lse = out_at, lse.data_ptr() if lse is not None else 0
+        lse_at = lse.data_ptr() if lse is not None else 0
+        at = stream, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_at
         if stream and self._capturing():  # the default stream, 0, cannot be captured
-            params.next_tile = self._counters.captured()
+            launch = self._pack(*at, self._counters.captured())
         else:
-            params.next_tile = self._counters[stream]
+            try:
+                launch = self._packed[at]
+            except KeyError:
+                if len(self._packed) >= self.MOST:
+                    self._packed.clear()
+                launch = self._packed[at] = self._pack(*at, self._counters[stream])
         launch.on(stream)
-        self._idle.append(packed)
+
+    def _pack(self, stream: int, q: int, k: int, v: int, out: int, lse: int, next_tile: int) -> jit.Launch:
+        params = Params.from_buffer_copy(self._params)
+        params.out, params.lse, params.next_tile = out, lse, next_tile
+        # keys that are not there are q's, whose map is never read
+        q_map = self._q[q]
+        out_map = q_map if self._out is None else self._out[out]
+        return self._like([q_map, self._k[k or q], self._v[v or q], params, out_map])
 
 
 class OffSixteenBytes(Exception):
@@ -150,8 +147,8 @@ def contiguous_strides(problem: AttentionProblem, q: torch.Tensor) -> tuple[tupl
     return (length * row, row, dim, 1), (heads * length, length, 1)
 
 
-class Maps(dict[int, int]):
-    """Tensor maps of tensors that differ in nothing but their address: address → where its map stands.
+class Maps(dict[int, jit.TensorMap]):
+    """Tensor maps of tensors that differ in nothing but their address, by it.
 
     Boxes of `rows` rows of one head of `[batch or page, row, head, dim]` or packed `[row, head, dim]`:
     `whole` rows, as panels of 64 columns (32 where 64 does not divide head_dim) one after the other, or
@@ -178,19 +175,14 @@ class Maps(dict[int, int]):
             (panel, rows, head_dim // panel if whole else 1, 1, 1),
         )
         self._swizzle = 2 * panel
-        self._alive: list[jit.TensorMap] = []
-        self._dropped: list[jit.TensorMap] = []
 
-    def __missing__(self, address: int) -> int:
+    def __missing__(self, address: int) -> jit.TensorMap:
         if address % 16:
             raise OffSixteenBytes
-        if len(self) >= self.MOST:  # what another thread is about to launch with outlives this
+        if len(self) >= self.MOST:
             self.clear()
-            self._dropped, self._alive = self._alive, []
-        made = jit.tensor_map(address, *self._arguments, swizzle=self._swizzle)
-        self._alive.append(made)
-        self[address] = at = ctypes.addressof(made)
-        return at
+        made = self[address] = jit.tensor_map(address, *self._arguments, swizzle=self._swizzle)
+        return made
 
 
 def readable(tensor: torch.Tensor) -> bool:
