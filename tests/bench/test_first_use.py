@@ -75,4 +75,5 @@ def test_each_rung_with_kernels_of_its_own_is_asked() -> None:
     assert expected <= set(found)
     assert {"linear/cuda_gemv", "linear/cuda_matmul_naive", "ops/softmax"} <= set(found)
     assert not any("numba" in name for name in found)
-    assert all("numba" in name for name in first_use.subjects("cpu"))
+    others = {"prefill/torch_naive"}
+    assert {name for name in first_use.subjects("cpu") if "numba" not in name} == others

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -210,19 +209,15 @@ def _interpreted(argument: Argument) -> Any:
 
 
 _loaded: dict[tuple[Variant, int], tuple[jit.Kernel, dict[str, Any]]] = {}
-_loading = threading.Lock()
 
 
 def _load(variant: Variant, device: int) -> tuple[jit.Kernel, dict[str, Any]]:
     found = _loaded.get((variant, device))
-    if found is None:
-        with _loading:
-            found = _loaded.get((variant, device))
-            if found is None:
-                cubin = compile(variant, gpu(device).target)
-                module = driver.load_module(cubin, device)
-                found = jit.Kernel(cubin, module, variant.kernel.entry, device), json.loads(cubin.log)
-                _loaded[variant, device] = found
+    if found is None:  # several threads may be here at once: Triton compiles in each
+        cubin = compile(variant, gpu(device).target)
+        module = driver.load_module(cubin, device)
+        kernel = jit.Kernel(cubin, module, variant.kernel.entry, device)
+        found = _loaded.setdefault((variant, device), (kernel, json.loads(cubin.log)))
     return found
 
 

@@ -29,6 +29,8 @@ from strobe.linear.problem import LinearProblem
 from strobe.ops.softmax import softmax
 
 _OURS = ("cuda_", "triton_", "numba_")
+_LIBRARY = "torch_naive"
+"""Compiles nothing: what the library's own kernels take to load, in rungs that stand on them too."""
 _CASES = {
     "prefill": Case("first_use", ((512, 512),), 8, 2, 128, causal=True),
     "decode": Case("first_use", ((1, 512),), 8, 2, 128, layout="paged", causal=True),
@@ -49,7 +51,8 @@ def subjects(device: str) -> dict[str, Callable[[], Subject]]:
     """By name, what makes the inputs of each rung that compiles something for this device."""
     found: dict[str, Callable[[], Subject]] = {}
     for rung in (*ladder.PREFILL, *ladder.DECODE):
-        if any(kind in rung.name for kind in _OURS) and not _elsewhere(rung.name, device):
+        ours = rung.name == _LIBRARY or any(kind in rung.name for kind in _OURS)
+        if ours and not _elsewhere(rung.name, device):
             found[str(rung)] = partial(_attention, rung, device)
     for name in linear.RUNGS:
         if name.startswith(_OURS) and not _elsewhere(name, device):
@@ -60,7 +63,7 @@ def subjects(device: str) -> dict[str, Callable[[], Subject]]:
 
 
 def _elsewhere(name: str, device: str) -> bool:
-    return name.startswith("numba_") == (device == "cuda")
+    return name != _LIBRARY and name.startswith("numba_") == (device == "cuda")
 
 
 def _attention(rung: ladder.Rung, device: str) -> Subject:

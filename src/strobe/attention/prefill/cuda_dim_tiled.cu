@@ -23,8 +23,11 @@ using VTile = PaddedTile<K_TILE, PV_TILE>;
 using WeightTile = PaddedTile<Q_TILE, K_TILE>;
 constexpr int LOADED = QTile::BYTES + KTile::BYTES > VTile::BYTES ? QTile::BYTES + KTile::BYTES : VTile::BYTES;
 
+// Up to 128, registers for two blocks an SM: one block has nothing to do while its tiles load.
+constexpr int BLOCKS_PER_SM = HEAD_DIM <= 128 ? 2 : 1;
+
 // grid (q_len / Q_TILE, q_heads, batch)
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_constant__ DenseParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const __grid_constant__ DenseParams p) {
   __shared__ uint4 loaded[LOADED / 16];  // a Q and a K tile, or a V tile
   __shared__ uint4 shared_weights[WeightTile::BYTES / 16];
   __shared__ float shared_rows[ACROSS][Q_TILE];  // a float a row from each warp across it
