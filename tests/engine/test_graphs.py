@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from strobe.engine import runner
+from strobe.engine import inputs, runner
 from strobe.engine.config import EngineConfig
 from strobe.engine.engine import Engine
 from strobe.engine.graphs import StepGraphs, decode_sizes
@@ -116,33 +116,41 @@ def decoding(lengths: list[int], page_size: int, rng: random.Random) -> Schedule
     return Schedule(chunks, tuple(sequences), tuple(range(len(chunks))), ())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_padding_adds_rows_that_are_nobodys(seed):
+@pytest.mark.parametrize("rows", [12, 80])
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_adds_rows_that_are_nobodys(seed, rows):
     rng = random.Random(seed)
     page_size, first_word, nobody = 4, 50, 1000
-    lengths = [rng.randint(1, 700) for _ in range(rng.randint(1, 9))]
+    lengths = [rng.randint(1, 700) for _ in range(rng.randint(1, 9) if rows == 12 else rng.randint(20, 80))]
     schedule = decoding(lengths, page_size, rng)
-    plain = inputs_of(schedule, page_size, first_word)
-    rows, count = 12, len(lengths)
+    plain, count = inputs_of(schedule, page_size, first_word), len(lengths)
     wide = padded(plain, rows, page_size, first_word, nobody)
+    if rows == 12:
+        assert wide.logits_at is None
+        at = np.arange(count)
+    else:
+        at = wide.logits_at[:count]
+        between = np.diff([-1, *at, rows]) - 1
+        assert len(wide.logits_at) == rows
+        assert 0 <= between.min() <= between.max() <= -(-rows // count)
     assert wide.page_table.shape == (rows, table_width(-(-max(lengths) // page_size)))
-    for name in ("token_ids", "positions", "slots", "seq_lens"):
+    for name in ("positions", "slots", "seq_lens"):
         given, more = getattr(plain, name), getattr(wide, name)
         assert more.dtype == given.dtype
-        np.testing.assert_array_equal(more[:count], given)
-    np.testing.assert_array_equal(wide.page_table[:count, : plain.page_table.shape[1]], plain.page_table)
-    for row, sequence in enumerate(schedule.sampled):
+        np.testing.assert_array_equal(more[at], given)
+    np.testing.assert_array_equal(wide.page_table[at, : plain.page_table.shape[1]], plain.page_table)
+    for row, sequence in zip(at, schedule.sampled, strict=True):
         known = sequence.unread == 0
-        assert wide.picks[row] == (first_word + row if known else row)
-        assert wide.token_ids[row] == (sequence.tokens[-1] if known else 0)
-    for row in range(count, rows):
+        assert wide.picks[row] == (first_word + sequence.row if known else sequence.row)
+        assert wide.token_ids[sequence.row] == (sequence.tokens[-1] if known else 0)
+    for row in set(range(rows)) - set(at.tolist()):
         assert wide.seq_lens[row] == 1
         assert wide.positions[row] == 0
         assert wide.slots[row] == nobody * page_size
         assert wide.page_table[row, 0] == nobody
-        assert wide.picks[row] == first_word + row
+        assert wide.token_ids[wide.picks[row] - first_word] == 0
     assert wide.max_kv_len >= plain.max_kv_len
-    assert plain.logits_at is wide.logits_at is None
+    assert plain.logits_at is None
 
 
 @pytest.mark.parametrize("computed", [0, 5])
@@ -187,7 +195,9 @@ def test_few_widths():
     assert all(table_width(pages) >= pages for pages in range(1, 5000))
 
 
-def test_replayed_steps_give_the_tokens_of_eager_ones(checkpoint, monkeypatch):
+@pytest.mark.parametrize("spread", [3, 64])
+def test_replayed_steps_give_the_tokens_of_eager_ones(checkpoint, monkeypatch, spread):
+    monkeypatch.setattr(inputs, "_SPREAD", spread)
     recorder = Recorded()
     monkeypatch.setattr(runner, "recorder_for", lambda device: recorder)
     config = EngineConfig(kv_cache_pages=60, page_size=2, max_num_seqs=7)
