@@ -79,6 +79,17 @@ def test_float8_cache(rung: Any) -> None:
     run(rung, {}, Inputs(inputs.q, k, v, {**inputs.options, "layout": layout}))
 
 
+def test_rows_that_fill_a_clusters_rings_several_times() -> None:
+    """Where the kernel behind may start before the last tiles are asked for, nothing else changes."""
+    lengths = ((1, random.randint(600, 900)), (1, 257), (1, 256))
+    inputs = Case("long", lengths, 8, 2, 64, "paged", causal=True).inputs(torch.bfloat16)
+    small = {"cluster": 2, "stages": 2}
+    assert torch.equal(
+        run(cuda_cluster, {**small, **SETTLED}, inputs),
+        run(cuda_cluster, {**small, "stages": 3}, inputs),
+    )
+
+
 def test_a_rows_bits_do_not_depend_on_its_batch() -> None:
     inputs = Case("", tuple((1, n) for n in (90, 3, 200)), 4, 2, 64, "paged").inputs(torch.bfloat16)
     together, layout = run(cuda_cluster, {}, inputs), inputs.options["layout"]

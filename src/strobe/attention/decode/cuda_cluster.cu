@@ -76,6 +76,15 @@ struct DealtTiles {
   }
 };
 
+// Lets the kernel behind start when what is left to ask for fits in the ring: any sooner, and its first tiles take the
+// memory that these still need.
+struct DealtStream : TileStream<DealtTiles> {
+  __device__ __forceinline__ void wait() const {
+    if (SETTLED && coming + STAGES * tiles.stride() >= tiles.end) grid_launch_dependents();
+    TileStream::wait();
+  }
+};
+
 // Add up the block's warps, and tell each item's block.
 __device__ __forceinline__ void gather(const Shares& shares, const Parts& parts, const Rows& rows, Barrier& told) {
   for (int i = threadIdx.x; i < parts.items; i += THREADS) parts.tell(i, sum_warps(shares, Item(i, rows.count)), told);
@@ -117,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
 
   // Under programmatic launch the kernel ahead may still run. Where it does so beside the one behind, too, that one may
   // read early only what neither writes; its wait returns when this kernel has ended, which has waited itself.
-  if (SETTLED) grid_launch_dependents();
+  if (SETTLED && p.table_columns * PAGE_SIZE <= STAGES * KEYS * step) grid_launch_dependents();  // rings hold all
   if (threadIdx.x % 32 == 0) {
     for (int stage = 0; stage < STAGES; ++stage) shared.full[warp][stage].init(1);
     if (warp == 0) shared.told.init(1);
@@ -148,8 +157,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     return;
   }
   const DealtTiles tiles{pages, p.table_columns, s.kv_len, s.q_len, rows.kv_head, first_tile, s.end, step};
-  TileStream<DealtTiles> stream{tiles, k_map, v_map, dynamic + warp * STAGES * 2 * TileShape::BYTES,
-                                shared.full[warp], begin};
+  DealtStream stream{
+      {tiles, k_map, v_map, dynamic + warp * STAGES * 2 * TileShape::BYTES, shared.full[warp], begin}};
   stream.start();
   const Parts parts(dynamic + RINGS + sizeof(Shared), rows.count);
   if (threadIdx.x == 0) shared.told.arrive_expecting(parts.bytes());
