@@ -99,12 +99,17 @@ def test_deterministic_tokens_are_the_same_in_every_mode_and_any_company(model, 
         assert answers[name] == alone, name
 
 
-def test_tokens_differ_between_modes_where_they_tie_only(model):
+@pytest.mark.parametrize(("rows", "step_tokens"), [(24, 256), (100, 2048)])
+def test_tokens_differ_between_modes_where_they_tie_only(model, rows, step_tokens):
+    config = replace(CONFIG, kv_cache_pages=3000, max_num_seqs=rows, max_num_batched_tokens=step_tokens)
     answers = {}
     for name, mode in MODES.items():
         rng = random.Random(5)
-        requests = random_requests(rng, model, 30, logprobs=20)
-        serve(Engine(model, None, replace(CONFIG, **mode)), requests, rng)
+        requests = random_requests(rng, model, rows + 6, logprobs=20)
+        engine = Engine(model, None, replace(config, **mode))
+        for request in requests[: rows // 4 * 3]:
+            engine.add(request)
+        serve(engine, requests[rows // 4 * 3 :], rng)
         answers[name] = [request.output().outputs[0] for request in requests]
     for name in ("overlap", "graphs"):
         for ours, theirs in zip(answers[name], answers["eager"], strict=True):
