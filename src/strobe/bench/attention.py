@@ -19,6 +19,7 @@ from strobe.bench.decode import FLOAT8, Float8Case
 from strobe.bench.peers import Peer
 from strobe.bench.results import Row
 from strobe.bench.timer import Clock, GraphClock, Timing, clock, in_turns
+from strobe.cuda import jit
 from strobe.errors import KernelRefusedError, ProblemError, UnknownNameError
 
 _log = logging.getLogger(__name__)
@@ -33,11 +34,15 @@ _SETTLED = "bench: the same layout, settled"
 
 @dataclass(frozen=True)
 class Provider:
-    """A rung ("strobe:name") or a peer: what it refuses, and how to call it on given inputs."""
+    """A rung ("strobe:name") or a peer: what it refuses, and how to call it on given inputs.
+
+    `source` names what is compiled for a problem, where that is known ahead.
+    """
 
     name: str
     refusals: Callable[[AttentionProblem], list[str]]
     bind: Callable[[Inputs], Callable[[], torch.Tensor]]
+    source: Callable[[AttentionProblem], jit.Source] | None = None
 
 
 def of_rung(
@@ -53,11 +58,14 @@ def of_rung(
     tile = None if tile_sizes is None else _tile(rung, tile_sizes)
     options = {} if tile is None else {"tile": tile}
 
+    def laid_out(problem: AttentionProblem) -> AttentionProblem:
+        if not (settled and isinstance(problem.layout, Paged)):
+            return problem
+        layout = problem.layout.scratch.setdefault(_SETTLED, replace(problem.layout, settled=True))
+        return replace(problem, layout=layout)
+
     def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
-        problem, out = inputs.problem, torch.full_like(inputs.q, float("nan"))
-        if settled and isinstance(problem.layout, Paged):
-            layout = problem.layout.scratch.setdefault(_SETTLED, replace(problem.layout, settled=True))
-            problem = replace(problem, layout=layout)
+        problem, out = laid_out(inputs.problem), torch.full_like(inputs.q, float("nan"))
 
         def call() -> torch.Tensor:
             rung.module.run(problem, inputs.q, inputs.k, inputs.v, out, None, **options)
@@ -69,7 +77,11 @@ def of_rung(
         reasons = rung.refusals(problem)
         return reasons if tile is None else [*reasons, *rung.module.refusals_for_tile(problem, tile)]
 
-    return Provider(f"strobe:{rung.name}{' settled' if settled else ''}", refusals, bind)
+    def source(problem: AttentionProblem) -> jit.Source:
+        return rung.module.source(rung.module.choose_shape(laid_out(problem)))
+
+    name = f"strobe:{rung.name}{' settled' if settled else ''}"
+    return Provider(name, refusals, bind, source if hasattr(rung.module, "source") else None)
 
 
 def tile_names(rung: ladder.Rung) -> list[str]:
@@ -124,6 +136,8 @@ def measure_all(
             raise ProblemError(f"nothing to measure ({inputs.problem}); supported: rows and lengths from 1")
         answers = Answers.of(inputs.problem, inputs.q, inputs.k, inputs.v)
         marks.append(time.perf_counter())
+        if inputs.problem.device == "cuda":
+            _compile(providers, inputs.problem)
         rows, clocks = [], []
         for provider in providers:
             if reasons := provider.refusals(inputs.problem):
@@ -150,6 +164,12 @@ def measure_all(
         ]
         _log.info("%s: %s", case, ", ".join(spent))
         yield from rows
+
+
+def _compile(providers: Sequence[Provider], problem: AttentionProblem) -> None:
+    """Side by side; at their first calls they would be compiled one after the other."""
+    found = [each.source(problem) for each in providers if each.source and not each.refusals(problem)]
+    jit.warm(found, jit.arch_of())
 
 
 def _checked(case: Case, dtype: str, provider: Provider, inputs: Inputs, answers: Answers) -> Row:
