@@ -67,8 +67,8 @@ class Kernel:
         return getattr(importlib.import_module(self.module), self.entry)
 
     def digest(self, *parts: object) -> str:
-        """Of the source that it stands in, Triton's version and `parts`."""
-        told = json.dumps([self.entry, _text(self.module), _version(), *parts])
+        """Of its source, of this file, which reads what is kept, of Triton's version and `parts`."""
+        told = json.dumps([self.entry, _text(self.module), _text(__name__), _version(), *parts])
         return hashlib.sha256(told.encode()).hexdigest()
 
 
