@@ -52,17 +52,22 @@ def test_accepts_the_plain_problem(rung: object) -> None:
     assert rung.refusals(problem()) == []  # type: ignore[attr-defined]
 
 
+SETTLED = Paged(None, None, settled=True)
+
+
 @pytest.mark.parametrize(
     ("change", "taken"),
     [
         ({"batch": 1}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 2048, "kv_dtype": "float8_e4m3fn"}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 4096}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 4097}, "cuda_paged"),
-        ({"batch": 1, "kv_len": 8192, "layout": Paged(None, None, settled=True)}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 8193, "layout": Paged(None, None, settled=True)}, "cuda_paged"),
-        ({"batch": 1, "kv_len": 2048, "q_heads": 32, "kv_heads": 32}, "cuda_cluster"),
-        ({"batch": 1, "kv_len": 2049, "q_heads": 32, "kv_heads": 32}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 2048}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 2049}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 4096, "kv_dtype": "float8_e4m3fn"}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 512, "q_heads": 32, "kv_heads": 32}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 513, "q_heads": 32, "kv_heads": 32}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 8192, "layout": SETTLED}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 8193, "layout": SETTLED}, "cuda_paged"),
+        ({"batch": 1, "kv_len": 1024, "q_heads": 32, "kv_heads": 32, "layout": SETTLED}, "cuda_cluster"),
+        ({"batch": 1, "kv_len": 1025, "q_heads": 32, "kv_heads": 32, "layout": SETTLED}, "cuda_paged"),
         ({"batch": 2}, "cuda_paged"),
         ({"batch": 1, "q_len": 2}, "cuda_paged"),
         ({"batch": 1, "arch": 80}, "cuda_async"),

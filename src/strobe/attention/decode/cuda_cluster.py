@@ -11,7 +11,7 @@ import torch
 
 from strobe.attention import paged
 from strobe.attention.paged_launch import PagedLaunch, Params
-from strobe.attention.problem import AttentionProblem, Paged
+from strobe.attention.problem import AttentionProblem
 from strobe.cuda import jit
 
 IDEA = "a cluster of SMs a key head, its tiles dealt out, merged through distributed shared memory"
@@ -19,7 +19,6 @@ IDEA = "a cluster of SMs a key head, its tiles dealt out, merged through distrib
 MAX_BATCH = 65535
 READS_SETTLED = True
 _SOURCE = Path(__file__).with_suffix(".cu")
-_KEYS_MOST = 2048
 _HALF_AN_SM = 113 * 1024
 _LARGEST = 16
 """Blocks of a cluster."""
@@ -35,21 +34,23 @@ def refusals(problem: AttentionProblem) -> list[str]:
 
 
 def suits(problem: AttentionProblem) -> bool:
-    """One query of one row that is short.
+    """One query of one row whose keys are few for each block of a cluster.
 
-    Where each key head has 16 blocks, up to 4k keys, and 8k where the layout is `settled`: 32/8 heads take
-    3.8 µs at 1k, 7.5 at 4k (`cuda_paged` 10.7), 12.1 at 8k (12.8), but 23.6 at 16k (19.1). Else up to 2k: 32
-    key heads take 22.2 µs at 4k (17.8). Eight rows of 1k take 23.1 (11.7).
+    Settled, 32/8 heads take 3.8 µs at 1k keys (`cuda_paged` 4.9), 6.8 at 4k (8.5), 11.5 at 8k (11.7), but
+    23.1 at 16k (19.1); 32/32 heads 6.8 at 1k (6.9), 10.7 at 2k (10.3). In turn 32/8 heads take 7.1 at 2k
+    (7.5), 10.1 at 4k (9.7), with head_dim 64 6.2 (6.4); 32/32 heads 6.0 at 512 (6.4), 9.1 at 1k (8.6).
+    Eight rows of 1k take 23.1 (11.7).
 
     Of a captured graph `kv_len` is what its page table has room for, so that the graph of a wider table may
     round otherwise.
     """
     if problem.batch > 1 or problem.q_len > 1:
         return False
-    most = _KEYS_MOST
-    if choose_shape(problem).cluster == _LARGEST:
-        most *= 4 if isinstance(problem.layout, Paged) and problem.layout.settled else 2
-    return problem.kv_len <= most
+    shape = choose_shape(problem)
+    most = 64 * 1024
+    if shape.settled:
+        most *= 4 if shape.cluster == _LARGEST else 2
+    return 2 * problem.kv_len * shape.row_bytes <= shape.cluster * most
 
 
 @dataclass(frozen=True)
