@@ -220,3 +220,17 @@ def test_inference_mode_has_plans_of_its_own(described: list[Options]) -> None:
         assert torch.equal(out, expected)
         assert not attention(q, k, v).is_inference()
     assert len(described) == 1
+
+
+def test_a_call_on_another_gpu_than_the_current_is_not_recent(
+    described: list[Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `recent` gives takes its memory from the current one."""
+    q, k, v = qkv()
+    asked = ("auto", *Options())
+    current = 1
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    monkeypatch.setitem(plan._recent, asked, ((lambda *_: True, 1, attention),))
+    assert plan.recent(q, k, v, None, asked) is attention
+    current = 0
+    assert plan.recent(q, k, v, None, asked) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,8 @@ def answer(case: Case, tile: Tile | None, sm_count: int) -> torch.Tensor:
         Case("no_keys", ((300, 0),), 2, 1, 64, sinks=True),
         Case("short_rows", ((1, 1), (300, 303), (0, 6), (65, 74), (500, 5)), 2, 1, 64, "packed", causal=True),
         Case("window_256", ((150, 400),), 2, 1, 256, window=(130, 8), softcap=20.0, sinks=True),
+        Case("ends_apart", ((290, 350),), 2, 1, 256, causal=True),
+        Case("ends_apart_packed", ((1, 70), (200, 260), (130, 90)), 2, 1, 192, "packed", window=(90, 3)),
         Case(
             "short_pages", ((300, 400), (1, 129), (0, 40), (3, 7)), 2, 1, 64, "paged_packed", 32, causal=True
         ),
@@ -138,3 +141,13 @@ def test_calls_with_nothing_to_fill_launch_nothing(kernel: str, monkeypatch: pyt
             out, lse = attention(q, inputs.k, inputs.v, layout=part, kernel=kernel, return_lse=True)
             assert out.shape == q.shape
             assert lse.shape == (rows, 8, queries)
+
+
+def test_a_rung_runs_with_its_tensors_gpu_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    with emulated_gpu():
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext(entered.append(index)))
+        q = torch.randn(1, 5, 2, 16)
+        attention(q, q, q, kernel="torch_naive")
+        assert entered == [q.get_device()]
