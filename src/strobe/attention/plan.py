@@ -7,7 +7,7 @@ device. The first one is checked, described and chosen for; the others find its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -141,10 +141,8 @@ def _call(plan: Plan, q: torch.Tensor) -> Call:
     out_shape, lse_shape = tuple(q.shape), problem.lse_shape(q.shape[0])
     out_strides, lse_strides = contiguous_strides(out_shape), contiguous_strides(lse_shape)
     empty = guards._empty_strided_cuda if q.device.type == "cuda" else guards._empty_strided_cpu
-    is_empty, return_lse = (
-        plan.empty,
-        problem.return_lse,
-    )  # no plan in there: they would wait for the collector
+    # not the plan itself, which refers to the call: both would wait for the collector
+    is_empty, return_lse = plan.empty, problem.return_lse
 
     def call(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
@@ -185,5 +183,6 @@ def _make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, option
     return Plan(problem, rung, rung.prepare(problem, q, k, v), empty=False)
 
 
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """As torch gives them: a dimension without elements counts as one."""
     return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))

@@ -138,15 +138,6 @@ class OffSixteenBytes(Exception):
     """An address that the copy engine takes no tensor at."""
 
 
-def contiguous_strides(problem: AttentionProblem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The strides of a contiguous out and lse."""
-    length, heads, dim = q.shape[-3:]
-    row = heads * dim
-    if problem.packed_q:
-        return (row, dim, 1), (length, 1)
-    return (length * row, row, dim, 1), (heads * length, length, 1)
-
-
 class Maps(dict[int, jit.TensorMap]):
     """Tensor maps of tensors that differ in nothing but their address, by it.
 
