@@ -77,10 +77,12 @@ def test_compiles_without_spills(source: Path, arch: str, record_property: pytes
         (128, PAGED),
     ],
 )
-def test_no_feature_of_the_hopper_rung_spills(head_dim: int, features: dict[str, Any]) -> None:
+def test_no_feature_of_the_hopper_rung_spills_or_serialises(head_dim: int, features: dict[str, Any]) -> None:
     problem = AttentionProblem(1, 64, 64, 1, 1, head_dim, window=(64, 32), device="cuda", arch=90, **features)
     source = jit.Source(cuda_hopper._SOURCE, cuda_hopper.defines(problem, cuda_hopper.TILES[head_dim]))
-    assert jit.compile(*source, "sm_90a").resources()["attend"].spills == 0
+    cubin = jit.compile(*source, "sm_90a")
+    assert cubin.resources()["attend"].spills == 0
+    assert "serialized" not in cubin.log  # a product waits for the one before
 
 
 @sources

@@ -47,47 +47,62 @@ struct Consumer : Results {
     first_weights(work, softmax);
     clear_out();
     take_weights();
-    v_rows = work.kv_len - (work.keys_of(consumer).end - 1) * K_TILE;
+    v_rows = work.kv_len - first_of(work.keys_of(consumer)) * K_TILE;
   }
 
-  // FOLDED: the key tiles that only the other consumer sees, and their turns.
+  // OWN_KEYS: the key tiles that only other consumers see, and their turns.
   __device__ __forceinline__ void pass_over(const Work& work) {
-    for (int n = work.all_keys().end; n > work.keys_of(consumer).end; --n) {
-      s.k_full[k_ring.stage].wait(k_ring.parity);
-      named_sync<256>(1 + consumer);
-      end_turn();
-      release(s.k_empty[k_ring.stage]);
-      k_ring.advance();
-      s.v_full[v_ring.stage].wait(v_ring.parity);
-      __syncwarp();
-      release(s.v_empty[v_ring.stage]);
-      v_ring.advance();
-    }
+    for (int i = work.unseen_by(consumer); i > 0; --i) pass_key_tile(), pass_value_tile();
+  }
+  __device__ __forceinline__ void pass_keys(const Work& work) {
+    for (int i = work.unseen_by(consumer); i > 0; --i) pass_key_tile();
+  }
+  __device__ __forceinline__ void pass_values(const Work& work) {
+    for (int i = work.unseen_by(consumer); i > 0; --i) pass_value_tile();
+  }
+  __device__ __forceinline__ void pass_key_tile() {
+    s.k_full[k_ring.stage].wait(k_ring.parity);
+    named_sync<256>(1 + consumer);
+    end_turn();
+    release(s.k_empty[k_ring.stage]);
+    k_ring.advance();
+  }
+  __device__ __forceinline__ void pass_value_tile() {
+    s.v_full[v_ring.stage].wait(v_ring.parity);
+    __syncwarp();
+    release(s.v_empty[v_ring.stage]);
+    v_ring.advance();
   }
 
-  // All key tiles after the first, back to front: the masked ones of the diagonal, the full ones, those at the
-  // window's left end. The bounds stay in shared memory: registers are short.
+  // All key tiles after the first: those at the window's left end, the full ones, those of the diagonal; or from right to
+  // left. The bounds stay in shared memory: registers are short.
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
     // Three loops would spill there: one masks them all.
     constexpr bool MASK_ALL = HEAD_DIM == 256 && HAS_LEFT && HAS_RIGHT;
     const KeyTiles& keys = work.keys_of(consumer);
-    int n = keys.end - 2;
-    if (HAS_RIGHT)
-      for (; n >= max(keys.begin, MASK_ALL ? 0 : keys.full_end); --n) step<true>(work, softmax, n);
-    if constexpr (!MASK_ALL) {
-      const int lowest = HAS_LEFT ? keys.full_begin : keys.begin;
-      for (; n >= lowest; --n) step<false>(work, softmax, n);
+    int n = first_of(keys) + NEXT;
+    if constexpr (ASCENDING) {
+      if constexpr (!MASK_ALL) {
+        if (HAS_LEFT)
+          for (; n < keys.full_begin; ++n) step<true>(work, softmax, n);
+        for (; n < keys.full_end; ++n) step<false>(work, softmax, n);
+      }
+      for (; n < keys.end; ++n) step<true>(work, softmax, n);
+    } else {
+      if (HAS_RIGHT)
+        for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
+      for (; n >= (HAS_LEFT ? keys.full_begin : keys.begin); --n) step<false>(work, softmax, n);
       if (HAS_LEFT)
         for (; n >= keys.begin; --n) step<true>(work, softmax, n);
     }
     if (keys.begin == keys.end - 1) leave_q();
   }
 
-  // The scores of key tile n, and under them the output of key tile n + 1.
+  // The scores of key tile n, and under them the output of the tile before.
   template <bool MASKED>
   __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
     take_turn();
-    if (n == work.keys_of(consumer).begin) leave_q();
+    if (n == last_of(work.keys_of(consumer))) leave_q();
     cap_scores();
     if (MASKED) mask_scores(work, n);
     const bool raised = weigh<false>(softmax);
@@ -97,24 +112,29 @@ struct Consumer : Results {
       for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
     }
     take_weights();
-    if (BULK_STORE && n == work.keys_of(consumer).end - 2) free_q();
+    if (BULK_STORE && n == first_of(work.keys_of(consumer)) + NEXT) free_q();
   }
 
   // The next work's first scores, and under them the last output of this one.
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
     if (BULK_STORE && work.keys_of(consumer).begin == work.keys_of(consumer).end - 1) free_q();
+    if (OWN_KEYS) pass_keys(work);
     s.q_full[q_ring.stage][consumer].wait(q_ring.parity);
     take_turn();
-    if constexpr (!OVERLAP) store(work, softmax);
+    if constexpr (!OVERLAP) {
+      if (OWN_KEYS) pass_values(work);
+      store(work, softmax);
+    }
     Softmax fresh(p.scale_log2);
     first_weights(coming, fresh);
     if constexpr (OVERLAP) {
       wait_for_out();
+      if (OWN_KEYS) pass_values(work);
       store(work, softmax);
     }
     clear_out();
     take_weights();
-    v_rows = coming.kv_len - (coming.keys_of(consumer).end - 1) * K_TILE;
+    v_rows = coming.kv_len - first_of(coming.keys_of(consumer)) * K_TILE;
     softmax = fresh;
   }
 
@@ -123,6 +143,7 @@ struct Consumer : Results {
     issue_out();
     wgmma_wait<0>();
     out_done();
+    if (OWN_KEYS && !FOLDED) pass_over(work);
     if (BULK_STORE) meet();  // all warps are done with q
     store(work, softmax);
   }
@@ -132,7 +153,8 @@ struct Consumer : Results {
   __device__ __forceinline__ void first_weights(const Work& work, Softmax& softmax) {
     const KeyTiles& keys = work.keys_of(consumer);
     cap_scores();
-    if (keys.full_end < keys.end || keys.full_begin == keys.end) mask_scores(work, keys.end - 1);
+    const int n = first_of(keys);
+    if (n < keys.full_begin || n >= keys.full_end) mask_scores(work, n);
     weigh<true>(softmax);
   }
 

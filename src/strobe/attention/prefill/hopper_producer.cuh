@@ -7,7 +7,7 @@
 #include "hopper_work.cuh"
 #include "tma.cuh"
 
-// What both do: copy key tiles, the last first.
+// What both do: copy key tiles.
 struct Producer {
   const Params& p;
   Shared& s;
@@ -49,7 +49,7 @@ struct Producer {
   template <int TOGETHER>
   __device__ __forceinline__ void load_pages(scalar_t* tile, const TensorMap& map, Barrier& full, const KeyRows& rows,
                                              int n, int page) {
-    constexpr int PAGES = K_TILE / PAGE_ROWS, AT_ONCE = PAGES < 4 ? PAGES : 4;
+    constexpr int PAGES = K_TILE / PAGE_ROWS, AT_ONCE = PAGES % 2 ? 1 : PAGES % 4 ? 2 : 4;
 #pragma unroll
     for (int first = 0; first < PAGES; first += AT_ONCE) {
       int at[AT_ONCE];
@@ -97,11 +97,17 @@ struct KeyProducer : Producer {
 #pragma unroll
     for (int part = 0; part < Work::PARTS; ++part) {
       const int mirrored = part ? 2 * p.order.q_tiles - 1 - q_tile : q_tile;
-      const int first = FOLDED ? mirrored * ROWS : q_tile * Q_TILE;
+      const int first = FOLDED ? mirrored * ROWS : q_tile * Q_TILE + part * ROWS;
       const int last = min(first + Q_TILE / Work::PARTS, work.q_len) - 1;
       work.q_first[part] = first;
       work.keys[part] = KeyTiles::of<K_TILE>(work.mask(p), first, last);
-      if (KEYLESS && first > last) work.keys[part].end = work.keys[part].begin;
+      work.keys[part].begin = work.keys[0].begin;
+    }
+    if (KEYLESS) {
+      const int begin = work.keys[0].begin, end = work.q_first[0] < work.q_len ? work.all_keys().end : begin;
+#pragma unroll
+      for (int part = 0; part < Work::PARTS; ++part)
+        work.keys[part].end = begin < end ? max(work.keys[part].end, begin + 1) : begin;
     }
     return work;
   }
@@ -172,18 +178,18 @@ struct KeyProducer : Producer {
     else store_nothing(work);
     if (!KEYLESS) grid_dependency_wait();  // consumers write what depends on loads alone, so they need not
     const KeyRows rows = rows_of(work);
-    const int begin = work.all_keys().begin, last = work.all_keys().end - 1;
+    const int first = first_of(work.all_keys()), last = last_of(work.all_keys());
     // The next tile is drawn just early enough to hide the latency. Earlier, a block with a long tile would hold back
     // a tile of the head that is in L2 now.
-    const int draw_at = min(begin + 2, last);
-    int drawn = 0, page = page_of(rows, last);
+    const int draw_at = ASCENDING ? max(first, last - 2) : min(first, last + 2);
+    int drawn = 0, page = page_of(rows, first);
     if (KEYLESS && !work.sees_keys()) drawn = draw();
-    for (int n = last; n >= begin; --n) {
-      if (n == last) load_q(work, 0);
+    for (int n = first; ASCENDING ? n <= last : n >= last; n += NEXT) {
+      if (n == first) load_q(work, 0);
       s.k_empty[ring.stage].wait(ring.parity ^ 1);
       Producer::load<K_TILE>(s.k[ring.stage], k, s.k_full[ring.stage], rows, n, page);
       ring.advance();
-      if (n == last) {
+      if (n == first) {
 #pragma unroll
         for (int c = 1; c < CONSUMERS; ++c) load_q(work, c);
         q_ring.advance();
@@ -194,7 +200,7 @@ struct KeyProducer : Producer {
         }
       }
       if (!FOLDED && n == draw_at) drawn = draw();
-      page = page_of(rows, n - 1);
+      page = page_of(rows, n + NEXT);
     }
     return __shfl_sync(~0u, drawn, 0);
   }
@@ -212,17 +218,17 @@ struct ValueProducer : Producer {
       s.work_full[work_ring.stage].wait(work_ring.parity);
       if (work.head < 0) return;
       const KeyRows rows = rows_of(work);
-      const int begin = work.all_keys().begin;
-      int n = work.all_keys().end - 1, page = page_of(rows, n);
+      const int last = last_of(work.all_keys());
+      int n = first_of(work.all_keys()), page = page_of(rows, n);
       __syncwarp();
       s.work_empty[work_ring.stage].arrive_if(lane == 0);
       work_ring.advance();
       if (!begun) s.begun.wait(0);
-      for (; n >= begin; --n) {
+      for (; ASCENDING ? n <= last : n >= last; n += NEXT) {
         s.v_empty[ring.stage].wait(ring.parity ^ 1);
         load<V_ROWS>(s.v[ring.stage], v, s.v_full[ring.stage], rows, n, page);
         ring.advance();
-        page = page_of(rows, n - 1);
+        page = page_of(rows, n + NEXT);
       }
     }
   }

@@ -71,6 +71,7 @@ struct Products {
       Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (v_row(step * 16) * 2 >> 4));
     }
     wgmma_commit();
+    if (FOREIGN_ROWS) v_rows -= NEXT * K_TILE;
   }
 
   // Elements from a tile of values to a row of its first panel.
@@ -90,7 +91,6 @@ struct Products {
     }
     fence_async_shared();
     meet();
-    v_rows = K_TILE;
   }
 
   __device__ __forceinline__ void scores_done() {

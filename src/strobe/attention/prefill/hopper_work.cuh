@@ -27,13 +27,23 @@ constexpr int V_ROWS = PAGE_ROWS % 16 ? K_TILE : PAGE_ROWS;  // keys whose value
 constexpr bool FOREIGN_ROWS = PACKED_KV || PAGED;  // past a row's last key stand others, not the tensor's end
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : FOLDED ? 24 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : FOLDED ? 240 : 232;
+// Key tiles are taken from the first to the last where queries end them: what must be masked does not come on top of a
+// work's first maxima and the stores of the work before.
+constexpr bool ASCENDING = HAS_RIGHT && !FOLDED;
+constexpr int NEXT = ASCENDING ? 1 : -1;
+constexpr bool OWN_KEYS = FOLDED || (ASCENDING && K_TILE <= ROWS);  // a consumer leaves out tiles that it does not see
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
 
 static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q),
               "results wait where q was; a row's end is the tensor's");
 static_assert(!FOLDED || (CONSUMERS == 2 && HAS_RIGHT && !HAS_LEFT && !KEYLESS && !PACKED_Q),
               "both consumers' keys begin at 0, and the second one's end last");
+static_assert(!OWN_KEYS || FOLDED || (CONSUMERS - 1) * ROWS <= STAGES * K_TILE,
+              "keys are passed over before the values ahead of them are free");
 static_assert(KEYLESS || (!PACKED_Q && !FOREIGN_ROWS), "lengths that only the device knows may be 0");
+
+__device__ __forceinline__ int first_of(const KeyTiles& keys) { return ASCENDING ? keys.begin : keys.end - 1; }
+__device__ __forceinline__ int last_of(const KeyTiles& keys) { return ASCENDING ? keys.end - 1 : keys.begin; }
 
 struct Work;
 
@@ -57,7 +67,7 @@ struct Params {
 
 // A tile of queries of one head and the keys that it sees. head -1: there are no more.
 struct Work {
-  static constexpr int PARTS = FOLDED ? CONSUMERS : 1;
+  static constexpr int PARTS = OWN_KEYS ? CONSUMERS : 1;
 
   int batch, head;
   int q_start, q_len, kv_start, kv_len;  // of the batch row; starts are 0 where rows are not packed
@@ -65,10 +75,12 @@ struct Work {
   KeyTiles keys[PARTS];
 
   __device__ __forceinline__ int q_first_of(int consumer) const {
-    return FOLDED ? q_first[consumer] : q_first[0] + consumer * ROWS;
+    return OWN_KEYS ? q_first[consumer] : q_first[0] + consumer * ROWS;
   }
-  __device__ __forceinline__ const KeyTiles& keys_of(int consumer) const { return keys[FOLDED ? consumer : 0]; }
+  __device__ __forceinline__ const KeyTiles& keys_of(int consumer) const { return keys[OWN_KEYS ? consumer : 0]; }
   __device__ __forceinline__ const KeyTiles& all_keys() const { return keys[PARTS - 1]; }
+  // Key tiles that only other consumers see.
+  __device__ __forceinline__ int unseen_by(int consumer) const { return all_keys().end - keys_of(consumer).end; }
   __device__ __forceinline__ bool sees_keys() const { return all_keys().begin < all_keys().end; }
   __device__ __forceinline__ WindowMask<HAS_LEFT, HAS_RIGHT> mask(const Params& p) const {
     return {kv_len, kv_len - q_len, p.left, p.right};
