@@ -2,13 +2,13 @@
 //
 // Only QK_TILE columns of Q and K, then PV_TILE columns of V, are in shared memory at a time: scores sum over
 // the first before their softmax, the output takes one tile of columns after another. What must stay is the
-// output, in registers: 8 warps hold Q_TILE x HEAD_DIM of it as a grid of DOWN x ACROSS warps, 16 rows and
+// output, in registers: warps hold Q_TILE x HEAD_DIM of it as a grid of DOWN x ACROSS warps, 16 rows and
 // HEAD_DIM / ACROSS columns each. Keys are shared out over the same grid, so warps side by side agree on their
 // rows' maxima, and exchange weights, through shared memory.
 #include "dense.cuh"
 #include "warp_attention.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int WARPS = HEAD_DIM <= 128 ? 4 : 8, THREADS = 32 * WARPS;
 constexpr int ACROSS = HEAD_DIM <= 256 ? 1 : HEAD_DIM <= 512 ? 2 : 4;  // 128 output registers a lane at most
 constexpr int DOWN = WARPS / ACROSS;
 constexpr int Q_TILE = 16 * DOWN;
@@ -23,8 +23,8 @@ using VTile = PaddedTile<K_TILE, PV_TILE>;
 using WeightTile = PaddedTile<Q_TILE, K_TILE>;
 constexpr int LOADED = QTile::BYTES + KTile::BYTES > VTile::BYTES ? QTile::BYTES + KTile::BYTES : VTile::BYTES;
 
-// Up to 128, registers for two blocks an SM: one block has nothing to do while its tiles load.
-constexpr int BLOCKS_PER_SM = HEAD_DIM <= 128 ? 2 : 1;
+// Up to 128, registers for four blocks an SM: one has nothing to do while its tiles load.
+constexpr int BLOCKS_PER_SM = HEAD_DIM <= 128 ? 4 : 1;
 
 // grid (q_len / Q_TILE, q_heads, batch)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend(const __grid_constant__ DenseParams p) {

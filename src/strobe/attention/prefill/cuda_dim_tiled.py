@@ -11,12 +11,11 @@ from strobe.attention import dense
 from strobe.attention.problem import AttentionProblem
 from strobe.cuda import jit
 
-IDEA = "head_dim in tiles, the output in registers of eight warps: up to 1024 in 48 KiB of shared memory"
+IDEA = "head_dim in tiles, the output in a block's registers: up to 1024 in 48 KiB of shared memory"
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DTYPES = ("float16", "bfloat16")
 _HEAD_DIM_MAX = 1024
-_WARPS = 8
 _SHARED_MAX = 48 * 1024
 
 
@@ -36,16 +35,21 @@ class Tile:
 DEFAULT = Tile()
 
 
+def warps(head_dim: int) -> int:
+    """Of a block. Four of few registers leave room for other blocks, which work while this one loads."""
+    return 4 if head_dim <= 128 else 8
+
+
 def across(head_dim: int) -> int:
     """Warps side by side over the columns of the output."""
     return 1 if head_dim <= 256 else 2 if head_dim <= 512 else 4
 
 
 def footprint(head_dim: int, tile: Tile) -> dense.Footprint:
-    q = 16 * _WARPS // across(head_dim)
+    q = 16 * warps(head_dim) // across(head_dim)
     loaded = max((q + tile.k) * (tile.qk + 8), tile.k * (tile.columns(head_dim) + 8))
     shared_bytes = 2 * loaded + 2 * q * (tile.k + 8) + 4 * q * across(head_dim)
-    return dense.Footprint(32 * _WARPS, shared_bytes)
+    return dense.Footprint(32 * warps(head_dim), shared_bytes)
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
@@ -82,9 +86,10 @@ def run(
 ) -> None:
     q, k, v = dense.aligned(q), dense.aligned(k), dense.aligned(v)
     attend = jit.kernel(_SOURCE, "attend", _defines(problem.dtype, problem.head_dim, tile), q.get_device())
-    q_tile = 16 * _WARPS // across(problem.head_dim)
+    block = warps(problem.head_dim)
+    q_tile = 16 * block // across(problem.head_dim)
     grid = (-(-problem.q_len // q_tile), problem.q_heads, problem.batch)
-    attend(grid, 32 * _WARPS, dense.params(problem, q, k, v, out, lse))
+    attend(grid, 32 * block, dense.params(problem, q, k, v, out, lse))
 
 
 def sources(arch: str) -> list[jit.Source]:
