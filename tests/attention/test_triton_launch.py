@@ -51,10 +51,10 @@ def test_arguments_are_packed_as_the_machine_code_takes_them(
     assert grid == (2, 8)
     types = tuple(map(triton_launch._type, arguments))
     built = triton_launch.build(Variant(kernel, types, tuple(constants.items()), **options), arch)
-    boxes = [{"swizzle": 128, "box": each["block_size"]} for each in built.metadata.tensordesc_meta or ()]
-    assert bool(boxes) == (arch == "sm_90a")
+    facts = triton_launch.launch_facts(built)
+    assert bool(facts["maps"]) == (arch == "sm_90a")
     monkeypatch.setattr(triton_launch, "tensor_map", lambda *args, **options: (ctypes.c_uint64 * 16)())
-    assert [size(each) for each in triton_launch.pack(arguments, boxes)] == parameters(built.asm["ptx"])
+    assert [size(each) for each in triton_launch.pack(arguments, facts)] == parameters(built.asm["ptx"])
 
 
 def variant(**changes: Any) -> Variant:

@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,15 @@ def test_launch_from_a_new_thread(axpy: Path) -> None:
     thread.start()
     thread.join()
     assert (y == 1.0).all()
+
+
+def test_a_tensor_map_in_a_new_thread() -> None:
+    x = torch.ones(256, 64, device="cuda", dtype=torch.bfloat16)
+    described = (x.data_ptr(), "bfloat16", (64, 256), (128,), (64, 64))
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(jit.tensor_map, *described).result()
+    jit.tensor_map.cache_clear()
+    assert bytes(found) == bytes(jit.tensor_map(*described))
 
 
 def test_refused_launches_name_the_kernel_and_the_driver_s_reason(axpy: Path) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -106,31 +107,37 @@ def prepare(
     types = tuple(map(_type, arguments))
     variant = Variant(kernel, types, tuple(constants.items()), warps, stages)
     loaded, facts = _load(variant, device)
-    packed = pack(arguments, facts["descriptors"])
+    packed = pack(arguments, facts)
     return loaded.prepare(grid, 32 * warps, packed, shared_bytes=facts["shared"])
 
 
 def compile(variant: Variant, arch: str) -> Cubin:
-    """The machine code, from the cache or compiled and kept. Its log holds what a launch must know, as JSON:
-    bytes of shared memory, and each descriptor's swizzle in bytes and box. Needs no GPU."""
+    """The machine code, from the cache or compiled and kept; its log is `launch_facts` as JSON. Needs no GPU."""
     kernel = variant.kernel
     key = kernel.digest(variant.types, variant.constants, variant.warps, variant.stages, arch)
     name = f"{kernel.module.rpartition('.')[2]}.py"
     found = disk.load(key, name, arch)
     if found is None:
         built = build(variant, arch)
-        told = built.metadata
-        if told.global_scratch_size or told.profile_scratch_size:
+        if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
             raise NotImplementedError(f"{kernel.entry} takes scratch memory")
-        boxes = [
-            {"swizzle": _SWIZZLES[each["swizzle"]], "box": each["block_size"]}
-            for each in told.tensordesc_meta or ()
-        ]
         defines = tuple((constant, str(int(value))) for constant, value in variant.constants)
-        facts = json.dumps({"shared": told.shared, "descriptors": boxes})
-        found = Cubin(name, arch, defines, built.asm["cubin"], facts)
+        found = Cubin(name, arch, defines, built.asm["cubin"], json.dumps(launch_facts(built)))
         disk.save(key, found)
     return found
+
+
+def launch_facts(built: Any) -> dict[str, Any]:
+    """What a launch must know: bytes of shared memory; swizzle in bytes and box of each tensor map, and where
+    there are none (before Hopper) how many flags end each descriptor: one in Triton 3.6, two from 3.7 on."""
+    told = built.metadata
+    maps = [
+        {"swizzle": _SWIZZLES[each["swizzle"]], "box": each["block_size"]}
+        for each in told.tensordesc_meta or ()
+    ]
+    flags = len(re.findall(r"\.param \.[bu]8 ", built.asm["ptx"]))
+    descriptors = sum(spelled.startswith("tensordesc") for spelled in built.src.signature.values())
+    return {"shared": told.shared, "maps": maps, "flags": flags // max(descriptors, 1)}
 
 
 def build(variant: Variant, arch: str) -> Any:
@@ -152,20 +159,21 @@ def build(variant: Variant, arch: str) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch_number(arch), 32), options=options)
 
 
-def pack(arguments: Sequence[Argument], descriptors: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The arguments as the machine code has them. Before Hopper a descriptor is a pointer and numbers."""
+def pack(arguments: Sequence[Argument], facts: Mapping[str, Any]) -> list[Any]:
+    """The arguments as the machine code has them; before Hopper a descriptor is an address, numbers, flags."""
     packed: list[Any] = []
-    boxes = iter(descriptors)
+    maps = iter(facts["maps"])
     for argument in arguments:
         if not isinstance(argument, Rows):
             packed.append(argument)
             continue
         tensor = argument.tensor
         sizes, strides = list(map(int, tensor.shape)), [tensor.stride(0), 1]
-        if descriptors:
-            packed.append(_tensor_map(tensor, next(boxes)))
+        if facts["maps"]:
+            packed.append(_tensor_map(tensor, next(maps)))
         else:
-            packed += [tensor, *map(ctypes.c_int64, (*sizes, *strides)), ctypes.c_uint8(0)]
+            packed += [tensor, *map(ctypes.c_int64, (*sizes, *strides))]
+            packed += [ctypes.c_uint8(0) for _ in range(facts["flags"])]
         packed += [*map(ctypes.c_int32, sizes), *map(ctypes.c_int64, strides)]
     return [*packed, None, None]  # scratch memory that none of them takes
 

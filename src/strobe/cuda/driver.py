@@ -12,6 +12,9 @@ from strobe.cuda.bindings import load
 from strobe.cuda.cubin import Cubin
 from strobe.errors import DeviceError
 
+ERROR_INVALID_CONTEXT = 201
+"""What a thread hears that has made no CUDA call yet: `make_current`, and call again."""
+
 
 @cache
 def bindings() -> Any:
@@ -72,8 +75,12 @@ def relaxed_capture() -> Iterator[None]:
         driver.cuThreadExchangeStreamCaptureMode(mode)
 
 
-def make_current(device: int) -> None:
-    """Make torch's (the primary) context of `device` current in this thread."""
+def make_current(device: int | None = None) -> None:
+    """Make torch's (the primary) context of a device, by default torch's current one, current in this thread."""
+    if device is None:
+        import torch
+
+        device = torch.cuda.current_device()
     check(bindings().cuCtxSetCurrent(_primary_context(device)), f"entering cuda:{device}")
 
 

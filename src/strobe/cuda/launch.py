@@ -18,7 +18,6 @@ from strobe.errors import DeviceError
 Dim = int | tuple[int, ...]
 
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
-_ERROR_INVALID_CONTEXT = 201
 
 
 class _Attribute(ctypes.Structure):
@@ -126,7 +125,7 @@ class Launch:
             self._config.stream = self._stream = stream
         config, function, pointers = self._handed
         status = self._submit(config, function, pointers, None)
-        if status == _ERROR_INVALID_CONTEXT:  # this thread has made no CUDA call yet
+        if status == driver.ERROR_INVALID_CONTEXT:
             driver.make_current(self._kernel.device)
             status = self._submit(config, function, pointers, None)
         if status:

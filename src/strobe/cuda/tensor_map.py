@@ -58,7 +58,7 @@ def tensor_map(
     # The driver wants its output on 64 bytes; ctypes gives 8.
     room = (ctypes.c_char * (ctypes.sizeof(TensorMap) + 64))()
     result = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
-    status = _encode()(
+    described = (
         ctypes.addressof(result),
         _DTYPES[dtype],
         rank,
@@ -72,6 +72,10 @@ def tensor_map(
         _L2_PROMOTIONS[l2_promotion],
         _OUT_OF_BOUNDS[out_of_bounds],
     )
+    status = _encode()(*described)
+    if status == driver.ERROR_INVALID_CONTEXT:
+        driver.make_current()
+        status = _encode()(*described)
     if status:
         raise DeviceError(
             f"no tensor map of {dtype} sizes {sizes}, strides {strides_bytes} B, box {box}, "
