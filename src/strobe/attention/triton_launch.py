@@ -112,7 +112,7 @@ def prepare(
 
 
 def compile(variant: Variant, arch: str) -> Cubin:
-    """The machine code, from the cache or compiled and kept; its log is `launch_facts` as JSON. Needs no GPU."""
+    """Machine code, from the cache or compiled and kept, without a GPU; its log is `launch_facts` as JSON."""
     kernel = variant.kernel
     key = kernel.digest(variant.types, variant.constants, variant.warps, variant.stages, arch)
     name = f"{kernel.module.rpartition('.')[2]}.py"
@@ -160,7 +160,7 @@ def build(variant: Variant, arch: str) -> Any:
 
 
 def pack(arguments: Sequence[Argument], facts: Mapping[str, Any]) -> list[Any]:
-    """The arguments as the machine code has them; before Hopper a descriptor is an address, numbers, flags."""
+    """The arguments as machine code has them; before Hopper a descriptor is an address, numbers, flags."""
     packed: list[Any] = []
     maps = iter(facts["maps"])
     for argument in arguments:

@@ -76,7 +76,7 @@ def relaxed_capture() -> Iterator[None]:
 
 
 def make_current(device: int | None = None) -> None:
-    """Make torch's (the primary) context of a device, by default torch's current one, current in this thread."""
+    """Make torch's (the primary) context of a device, torch's current one by default, this thread's."""
     if device is None:
         import torch
 
