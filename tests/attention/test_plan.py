@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,23 @@ def test_calls_that_are_alike_are_described_once(described: list[Options]) -> No
         for _ in range(3):
             attention(*qkv(), causal=True, layout=layout)
     assert len(described) == 1
+
+
+@pytest.mark.parametrize(
+    "parts", [None, SimpleNamespace(TensorGuards=lambda *tensors: None)], ids=["none", "other"]
+)
+def test_a_torch_without_these_private_parts(
+    parts: Any, described: list[Options], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = qkv()
+    expected = attention(*inputs, causal=True), *attention(*inputs, return_lse=True)
+    plan._dense.clear()
+    plan._recent.clear()
+    monkeypatch.setattr(plan, "guards", parts)
+    for _ in range(2):
+        found = attention(*inputs, causal=True), *attention(*inputs, return_lse=True)
+        assert all(map(torch.equal, found, expected))
+    assert len(described) == 4
 
 
 def test_unlike_calls_have_plans_of_their_own(described: list[Options]) -> None:

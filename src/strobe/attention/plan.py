@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._C._dynamo import guards as _guards
 
 from strobe.attention import ladder
 from strobe.attention.inputs import describe
 from strobe.attention.problem import AttentionProblem, Dense, Options, Packed, Paged
 
-guards: Any = _guards
-"""Of torch's compiled code: a check of tensors, and their allocation, without the dispatcher. No types."""
+guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+"""What torch's compiled code checks and allocates tensors by, without the dispatcher: no public part of torch
+(2.11 to 2.13 have it), so that nothing but time may hang on it."""
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Fills `out`, and `lse` where it is not None, from q, k and v: `run(q, k, v, out, lse)`."""
@@ -119,13 +119,34 @@ def _remember(
     if may_lose_gradients or torch._C._len_torch_function_stack():
         return
     if plan.again is None or not plan.again[0](q, k, v):
-        alike = guards.TensorGuards(q, k, v, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        alike = _check(q, k, v)
+        if alike is None:
+            return
         plan.again = alike, q.get_device() if q.device.type == "cuda" else None, _call(plan, q)
     kept = options.layout.scratch if isinstance(options.layout, (Packed, Paged)) else _recent
     if kept is _recent and len(kept) >= MOST:
         kept.clear()
     asked: tuple[Any, ...] = (kernel, *options)
     kept[asked] = (plan.again, *(each for each in kept.get(asked, ()) if each is not plan.again))[:RECENT]
+
+
+def _check(*tensors: torch.Tensor) -> Callable[..., bool] | None:
+    """Whether others are like these, in one call of C++; None where this torch has no such check."""
+    try:
+        check: Callable[..., bool] = guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        ).check
+    except (AttributeError, TypeError):
+        return None
+    return check
+
+
+def _allocation(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Room by shape, strides and dtype: from the allocator itself in half of torch.empty_like's time."""
+    direct: Callable[..., torch.Tensor] | None = getattr(guards, f"_empty_strided_{device.type}", None)
+    return direct or (
+        lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    )
 
 
 def current(q: torch.Tensor) -> AbstractContextManager[object]:
@@ -136,11 +157,11 @@ def current(q: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def _call(plan: Plan, q: torch.Tensor) -> Call:
-    """Calls of a plan: room for the results from the allocator itself (half of torch.empty_like's time)."""
+    """Calls of a plan, with room for the results where none is given."""
     problem, run, dtype = plan.problem, plan.run, q.dtype
     out_shape, lse_shape = tuple(q.shape), problem.lse_shape(q.shape[0])
     out_strides, lse_strides = contiguous_strides(out_shape), contiguous_strides(lse_shape)
-    empty = guards._empty_strided_cuda if q.device.type == "cuda" else guards._empty_strided_cpu
+    empty = _allocation(q.device)
     # not the plan itself, which refers to the call: both would wait for the collector
     is_empty, return_lse = plan.empty, problem.return_lse
 
