@@ -69,6 +69,7 @@ SETTLED = Paged(None, None, settled=True)
         ({"batch": 1, "kv_len": 1024, "q_heads": 32, "kv_heads": 32, "layout": SETTLED}, "cuda_cluster"),
         ({"batch": 1, "kv_len": 1025, "q_heads": 32, "kv_heads": 32, "layout": SETTLED}, "cuda_paged"),
         ({"batch": 2}, "cuda_paged"),
+        ({"batch": 2, "head_dim": 80, "kv_dtype": "float8_e4m3fn"}, "cuda_paged"),
         ({"batch": 1, "q_len": 2}, "cuda_paged"),
         ({"batch": 1, "arch": 80}, "cuda_async"),
     ],
@@ -89,7 +90,6 @@ def test_auto_takes_clusters_for_one_short_row(change: dict[str, object], taken:
         ({"page_size": 512}, "page_size 512"),
         ({"dtype": "float32"}, "dtype float32"),
         ({"kv_dtype": "float32"}, "cache in float32"),
-        ({"kv_dtype": "float8_e4m3fn", "head_dim": 80}, "head_dim 80 with a cache in float8_e4m3fn"),
         ({"batch": 70_000}, "batch 70000"),
     ],
 )

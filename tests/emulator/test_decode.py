@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import emulated_gpu, missing
+from decode_cases import in_float8
 
 from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case, Inputs
@@ -73,10 +74,24 @@ def test_segments_that_many_blocks_share(
 @pytest.mark.parametrize("rung", [cuda_paged, cuda_cluster], ids=lambda rung: rung.__name__)
 def test_float8_cache(rung: Any) -> None:
     inputs = Case("float8", ((1, 300), (1, 17)), 8, 2, 128, "paged", causal=True).inputs(torch.bfloat16)
-    k, v = inputs.k.to(torch.float8_e4m3fn), inputs.v.to(torch.float8_e4m3fn)
-    k_scale, v_scale = torch.rand(2, 2).add_(0.25)
-    layout = replace(inputs.options["layout"], k_scale=k_scale, v_scale=v_scale)
-    run(rung, {}, Inputs(inputs.q, k, v, {**inputs.options, "layout": layout}))
+    run(rung, {}, in_float8(inputs))
+
+
+@pytest.mark.parametrize(("rung", "changes"), [(cuda_paged, {}), *VARIANTS[1:3]])
+def test_float8_rows_that_are_not_swizzled(rung: Any, changes: dict[str, Any]) -> None:
+    page_size, q_len, group = random.choice([1, 7, 16, 64]), random.randint(1, 16), random.choice([1, 4, 8])
+    lengths = (0, 1, page_size - 1, page_size, page_size + 1, random.randint(1, 200))
+    case = Case(
+        "rows of 80 bytes",
+        tuple((q_len, n) for n in random.sample(lengths, 4)),
+        *(2 * group, 2, 80, "paged", page_size),
+        causal=random.random() < 0.7,
+        window=(random.choice([UNLIMITED, 13]), UNLIMITED),
+        softcap=random.choice([0.0, 15.0]),
+        sinks=random.random() < 0.5,
+    )
+    dtype = random.choice([torch.bfloat16, torch.float16])
+    run(rung, changes, in_float8(case.inputs(dtype, seed=random.randrange(2**31))))
 
 
 def test_rows_that_fill_a_clusters_rings_several_times() -> None:

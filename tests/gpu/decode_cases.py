@@ -81,6 +81,8 @@ LONG = tuple(
 )
 FP8_SHAPES = [
     (64, 5, "float16"),
+    (80, 1, "bfloat16"),
+    (80, 5, "float16"),
     (96, 1, "bfloat16"),
     (128, 1, "bfloat16"),
     (128, 5, "float16"),
@@ -92,6 +94,14 @@ FP8_SHAPES = [
 def fp8_case(head_dim: int, q_len: int) -> Case:
     lens = (0, 1, 15, 16, 17, 400, 2111)
     return Case("fp8", tuple((q_len, n) for n in lens), 8, 2, head_dim, "paged", causal=True)
+
+
+def in_float8(inputs: Inputs) -> Inputs:
+    """The cache in float8 with a scale a head; NaN stays NaN."""
+    k, v = inputs.k.to(torch.float8_e4m3fn), inputs.v.to(torch.float8_e4m3fn)
+    k_scale, v_scale = torch.rand(2, k.shape[2], device=k.device).add_(0.25)
+    layout = replace(inputs.options["layout"], k_scale=k_scale, v_scale=v_scale)
+    return Inputs(inputs.q, k, v, {**inputs.options, "layout": layout})
 
 
 def random_case(seed: int) -> Case:

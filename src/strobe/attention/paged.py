@@ -32,8 +32,6 @@ def refusals(problem: AttentionProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype}; supported: {', '.join(_DTYPES)}")
     elif problem.kv_dtype not in (problem.dtype, FP8):
         reasons.append(f"cache in {problem.kv_dtype}; supported: q's dtype, {FP8}")
-    if problem.kv_dtype == FP8 and problem.head_dim % 32:
-        reasons.append(f"head_dim {problem.head_dim} with a cache in {FP8}; supported: multiples of 32")
     if problem.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {problem.head_dim}; supported: {', '.join(map(str, HEAD_DIMS))}")
     if problem.q_len > DECODE_MAX_Q_LEN:
@@ -74,9 +72,9 @@ class Tiles:
         return DTYPE_BYTES[self.kv_dtype] * self.head_dim
 
     @property
-    def span(self) -> int:
-        """Bytes that the copy engine swizzles over."""
-        return next(span for span in (128, 64, 32) if self.row_bytes % span == 0)
+    def swizzle(self) -> int:
+        """Bytes that the copy engine swizzles over, or 0: rows stand as they are."""
+        return next((span for span in (128, 64, 32) if self.row_bytes % span == 0), 0)
 
     @property
     def run(self) -> int:
@@ -92,7 +90,8 @@ class Tiles:
     @property
     def rings_bytes(self) -> int:
         """All tiles of all warps."""
-        tile = up(self.keys // self.run * up(self.run * self.row_bytes, 128), 1024)
+        runs = self.keys // self.run * up(self.run * self.row_bytes, 128)
+        tile = up(runs, 1024 if self.swizzle else 128)
         return 2 * self.warps * self.stages * tile
 
     def defines(self) -> dict[str, jit.Define]:

@@ -136,13 +136,14 @@ def tensor_map(name: str, pages: torch.Tensor, tiles: Tiles) -> jit.TensorMap:
             f"{name}'s pages, tokens and heads are {page}, {token} and {head} bytes apart; "
             "supported: multiples of 16, on 16 bytes"
         )
-    span, spans = tiles.span // size, tiles.row_bytes // tiles.span
+    span_bytes = tiles.swizzle or tiles.row_bytes
+    span, spans = span_bytes // size, tiles.row_bytes // span_bytes
     return jit.tensor_map(
         pages.data_ptr(),
         str(pages.dtype).removeprefix("torch."),
         (span, spans, page_size, kv_heads, count),
-        (tiles.span, token, head, page),
+        (span_bytes, token, head, page),
         (span, spans, tiles.run, 1, 1),
-        swizzle=tiles.span,
+        swizzle=tiles.swizzle,
         l2_promotion=0,
     )

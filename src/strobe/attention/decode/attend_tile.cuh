@@ -13,6 +13,7 @@
 constexpr int COLUMNS = COLUMN_TILES * 8;
 constexpr int KEY_TILES = KEYS / 16;
 constexpr int DIM_TILES = HEAD_DIM / 16;
+constexpr bool ODD = DIM_TILES % Operands::TILES;  // the last tile of features is loaded alone
 constexpr float UNSEEN = -1e30f;  // the reference of a row that has seen no key
 constexpr float SLACK = 8.f;      // exponents of 2 that a weight may stand above its reference
 
@@ -131,10 +132,12 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
       u32 a[Operands::TILES][4];
       Operands::load_keys(a, keys, t * 16, d);
 #pragma unroll
-      for (int i = 0; i < Operands::TILES; ++i)
+      for (int i = 0; i < Operands::TILES; ++i) {
+        if (ODD && d + i == DIM_TILES) break;
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; ++n)
           mma_16x8x16<mma_t>((d + i) % 2 ? odd[t][n] : scores[t][n], a[i], q.b[d + i][n][0], q.b[d + i][n][1]);
+      }
     }
   }
 
@@ -190,6 +193,7 @@ __device__ __forceinline__ void attend_tile(const Params& p, u32 keys, u32 value
       Operands::load_values(a, values, t * 16, d);
 #pragma unroll
       for (int i = 0; i < Operands::TILES; ++i) {
+        if (ODD && d + i == DIM_TILES) break;
         if (MASKED) a[i][0] &= keep[0], a[i][1] &= keep[0], a[i][2] &= keep[1], a[i][3] &= keep[1];
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; ++n)

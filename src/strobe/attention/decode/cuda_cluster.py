@@ -140,13 +140,14 @@ def run(
 
 
 def sources(arch: str) -> list[jit.Source]:
-    """One query a row over pages of 16: bfloat16 at every head_dim and the common groups at 128."""
+    """One query a row over pages of 16: bfloat16 at every head_dim and the common groups at 128, and a float8
+    cache at 128 and, whose rows are not swizzled, at 80."""
     if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
         *((1, 4, head_dim, "bfloat16", None) for head_dim in paged.HEAD_DIMS),
         *((1, group, 128, "bfloat16", None) for group in (1, 8, 16)),
-        (1, 4, 128, "bfloat16", paged.FP8),
+        *((1, 4, head_dim, "bfloat16", paged.FP8) for head_dim in (80, 128)),
     )
     shapes = dict.fromkeys(replace(choose_shape(paged.example(*each)), cluster=1) for each in examples)
     return [source(shape) for shape in shapes]

@@ -129,7 +129,7 @@ def run(
 
 def sources(arch: str) -> list[jit.Source]:
     """One query a row over pages of 16: bfloat16 at every head_dim, the common groups at 128, a large
-    batch, float16, and a float8 cache."""
+    batch, float16, and a float8 cache at 128 and, whose rows are not swizzled, at 80."""
     if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
@@ -138,6 +138,7 @@ def sources(arch: str) -> list[jit.Source]:
         *((64, 4, head_dim, "bfloat16", None) for head_dim in (64, 128)),
         (1, 4, 128, "float16", None),
         *((batch, 4, 128, "bfloat16", paged.FP8) for batch in (1, 64)),
+        (1, 4, 80, "bfloat16", paged.FP8),
     )
     shapes = dict.fromkeys(choose_shape(paged.example(*each)) for each in examples)
     return [source(shape) for shape in shapes]

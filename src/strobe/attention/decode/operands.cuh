@@ -44,9 +44,8 @@ struct ElementOperands<u8> {
   static __device__ __forceinline__ int v_feature(int half) { return threadIdx.x % 32 / 4 * 2 + half; }
 
   static __device__ __forceinline__ void load_keys(u32 (&a)[2][4], u32 tile, int key, int d) {
-    const int lane = threadIdx.x % 32;
     u32 m[4];  // a lane: four features of key lane / 4 (+ 8) ...
-    load_matrices(m, TileShape::address(tile, key + lane % 16, d * 16 + lane / 16 * 16));
+    load_matrices(m, address(tile, key, d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       a[i][0] = widen(m[2 * i]), a[i][2] = widen(m[2 * i] >> 16);
@@ -54,15 +53,21 @@ struct ElementOperands<u8> {
     }
   }
   static __device__ __forceinline__ void load_values(u32 (&a)[2][4], u32 tile, int key, int d) {
-    const int lane = threadIdx.x % 32;
     u32 m[4];  // ... and two features of keys 2 (lane % 4) + {0, 1} (+ 8)
-    load_matrices_transposed(m, TileShape::address(tile, key + lane % 16, d * 16 + lane / 16 * 16));
+    load_matrices_transposed(m, address(tile, key, d));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const u32 even = widen(m[i]), odd = widen(m[i] >> 16);
       a[i / 2][i % 2 * 2] = __byte_perm(even, odd, 0x5410);
       a[i / 2][i % 2 * 2 + 1] = __byte_perm(even, odd, 0x7632);
     }
+  }
+
+ private:
+  // Of this lane's row of the matrices. A row may end with 16 features: then those are loaded twice.
+  static __device__ __forceinline__ u32 address(u32 tile, int key, int d) {
+    const int lane = threadIdx.x % 32, second = d * 16 + 16 < HEAD_DIM ? lane / 16 * 16 : 0;
+    return TileShape::address(tile, key + lane % 16, d * 16 + second);
   }
 };
 

@@ -24,12 +24,15 @@ __host__ __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) :
 
 struct TileShape {
   static constexpr int ROW_BYTES = HEAD_DIM * sizeof(kv_t);
-  static constexpr int SPAN_BYTES = ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : 32;
+  // 16 bytes: not swizzled. Rows of 80 need not be: eight of a run meet different banks.
+  static constexpr int SPAN_BYTES =
+      ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : ROW_BYTES % 32 == 0 ? 32 : 16;
   static constexpr int RUN = gcd(PAGE_SIZE, KEYS);
   static constexpr int RUNS = KEYS / RUN;
   static constexpr int RUN_BYTES = RUN * ROW_BYTES;                  // what a copy brings
   static constexpr int RUN_PITCH = (RUN_BYTES + 127) / 128 * 128;    // copies start on 128 bytes
-  static constexpr int BYTES = (RUNS * RUN_PITCH + 1023) / 1024 * 1024;  // the swizzle repeats every 1024
+  static constexpr int REPEAT = SPAN_BYTES > 16 ? 1024 : 128;        // bytes between places that are swizzled alike
+  static constexpr int BYTES = (RUNS * RUN_PITCH + REPEAT - 1) / REPEAT * REPEAT;
 
   // Where 16 bytes of a key's row stand; `byte` is a multiple of 16.
   static __device__ __forceinline__ u32 address(u32 tile, int key, int byte) {
