@@ -17,6 +17,7 @@ from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
 from strobe.attention.inputs import describe
 from strobe.attention.problem import UNLIMITED, Options, Paged
+from strobe.integrations.flash_attn import flash_attn_with_kvcache
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -92,6 +93,24 @@ def test_float8_rows_that_are_not_swizzled(rung: Any, changes: dict[str, Any]) -
     )
     dtype = random.choice([torch.bfloat16, torch.float16])
     run(rung, changes, in_float8(case.inputs(dtype, seed=random.randrange(2**31))))
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_flash_attn_appends_to_a_float8_cache(head_dim: int) -> None:
+    """What is read is what was stored, rounded to float8."""
+    cache = torch.randn(2, 9, 16, 2, head_dim).to(torch.float8_e4m3fn)
+    q, k, v = torch.randn(3, 2, 3, 4, head_dim).bfloat16()
+    k, v = k[:, :, :2], v[:, :, :2]
+    table, lens = torch.randperm(9).int()[:8].view(2, 4), torch.randint(0, 61, (2,)).int()
+    where = {"cache_seqlens": lens, "block_table": table, "causal": True, "return_softmax_lse": True}
+    with emulated_gpu(sm_count=3):
+        out, lse = flash_attn_with_kvcache(q, *cache, k, v, **where)
+    for row, n in enumerate(lens.tolist()):
+        held = cache[:, table[row].long()].flatten(1, 2)[:, n : n + 3]
+        assert torch.equal(held.float(), torch.stack((k[row], v[row])).to(held.dtype).float())
+    layout = Paged(table, lens + 3)
+    judged = verdict(describe(q, *cache, Options(causal=True, layout=layout)), q, *cache, out, lse)
+    assert judged.right, str(judged)
 
 
 def test_rows_that_fill_a_clusters_rings_several_times() -> None:
