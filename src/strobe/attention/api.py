@@ -66,7 +66,7 @@ def attention(
         options = Options(*asked[1:])
         if needed(q, k, v, kernel, options):
             return traced(q, k, v, kernel, options)
-        out, lse = _run(q, k, v, kernel, options)
+        out, lse = run(q, k, v, kernel, options)
     else:
         out, lse = call(q, k, v)
     return out if lse is None else (out, lse)
@@ -82,17 +82,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`(out, lse or None)` by the chosen rung; `out` is filled where it is given: contiguous, like q."""
     call = plan.recent(q, k, v, options.layout, (kernel, *options))
-    return _run(q, k, v, kernel, options, out) if call is None else call(q, k, v, out)
-
-
-def _run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kernel: str,
-    options: Options,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if call is not None:
+        return call(q, k, v, out)
     planned = plan.of(q, k, v, kernel, options)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
