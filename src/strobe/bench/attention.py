@@ -146,7 +146,9 @@ def measure_all(
                         f"{provider.name} refuses ({inputs.problem}): {'; '.join(reasons)}"
                     )
                 continue
+            start = time.perf_counter()
             row = _checked(case, dtype, provider, inputs, answers)
+            _log.info("%s: %s checked in %.1f s", case, provider.name, time.perf_counter() - start)
             rows.append(row)
             if row["checked"] and budget_ms:  # a wrong answer has no speed
                 clocks.append((row, provider))
