@@ -6,6 +6,7 @@ import ctypes
 import re
 from ctypes import c_float, c_int32
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from strobe.attention import triton_launch
 from strobe.attention.cases import Case
 from strobe.attention.prefill import triton_fused
 from strobe.attention.triton_launch import Kernel, LongStride, Rows, Stride, Variant
+from strobe.errors import CompileError
 
 pytest.importorskip("triton")
 MERGE = Kernel("strobe.attention.decode.triton_split_kernel", "merge")
@@ -70,6 +72,13 @@ def test_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.image.startswith(b"\x7fELF")
     monkeypatch.setattr(triton_launch, "build", lambda *_: pytest.fail("compiled again"))
     assert triton_launch.compile(variant(), "sm_90a") == first
+
+
+def test_code_that_wants_scratch_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(metadata=SimpleNamespace(global_scratch_size=64, profile_scratch_size=0))
+    monkeypatch.setattr(triton_launch, "build", lambda *_: built)
+    with pytest.raises(CompileError, match="wants scratch memory for merge on sm_90a"):
+        triton_launch.compile(variant(), "sm_90a")
 
 
 @pytest.mark.parametrize(

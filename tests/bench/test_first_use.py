@@ -13,6 +13,7 @@ import torch
 from strobe.attention import ladder
 from strobe.bench import first_use
 from strobe.bench.first_use import Subject
+from strobe.errors import KernelRefusedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -51,7 +52,7 @@ def test_the_second_process_finds_what_the_first_kept(
 
 def test_who_does_not_run_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Subject:
-        raise NotImplementedError("head_dim 7")
+        raise KernelRefusedError("head_dim 7")
 
     def die() -> Subject:
         os._exit(3)

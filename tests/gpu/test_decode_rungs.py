@@ -27,9 +27,9 @@ from decode_cases import (
     problem_of,
     random_case,
 )  # fmt: skip
+from judged import judged
 
 from strobe.attention import ladder
-from strobe.attention.api import empty_lse
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
@@ -76,17 +76,13 @@ def test_case_table(rung: ladder.Rung, head_dim: int, dtype: torch.dtype) -> Non
     ran, failures, reasons = 0, [], set()
     for case in cases:
         inputs = case.inputs(dtype, "cuda")
-        problem = inputs.problem
-        if refused := rung.refusals(problem):
+        if refused := rung.refusals(inputs.problem):
             reasons.update(refused)
             continue
         ran += 1
-        out = torch.full_like(inputs.q, float("nan"))
-        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-        rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
-        judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
-        if not judged.right:
-            failures.append(f"{case}: {judged}")
+        found = judged(rung.run, inputs)
+        if not found.right:
+            failures.append(f"{case}: {found}")
     assert not failures, "\n".join(failures)
     if not ran:
         pytest.skip(f"{rung} refuses: {'; '.join(sorted(reasons)[:3])}")

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from judged import judged
 
-from strobe.attention.api import empty_lse
 from strobe.attention.cases import Case
-from strobe.attention.check import verdict
 from strobe.attention.prefill import cuda_hopper
 from strobe.cuda import jit
 from strobe.device import gpu
@@ -59,10 +58,7 @@ def test_random_problems(head_dim: int) -> None:
     wrong = []
     for case, inputs, problem in zip(cases, drawn, problems, strict=True):
         assert not cuda_hopper.refusals(problem)
-        out = torch.full_like(inputs.q, float("nan"))
-        lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-        cuda_hopper.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
-        judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
-        if not judged.right:
-            wrong.append(f"{case!r}: {judged}")
+        found = judged(cuda_hopper.run, inputs)
+        if not found.right:
+            wrong.append(f"{case!r}: {found}")
     assert not wrong, f"seed {seed}, {len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)

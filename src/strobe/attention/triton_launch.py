@@ -25,6 +25,7 @@ from strobe.cuda import driver, jit
 from strobe.cuda.cubin import Cubin, arch_number
 from strobe.cuda.tensor_map import tensor_map
 from strobe.device import gpu
+from strobe.errors import CompileError
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 _DIVISOR = 16
@@ -112,7 +113,11 @@ def prepare(
 
 
 def compile(variant: Variant, arch: str) -> Cubin:
-    """Machine code, from the cache or compiled and kept, without a GPU; its log is `launch_facts` as JSON."""
+    """Machine code, from the cache or compiled and kept, without a GPU; its log is `launch_facts` as JSON.
+
+    Raises:
+        CompileError: this Triton's code wants memory of its own besides its arguments.
+    """
     kernel = variant.kernel
     key = kernel.digest(variant.types, variant.constants, variant.warps, variant.stages, arch)
     name = f"{kernel.module.rpartition('.')[2]}.py"
@@ -120,7 +125,10 @@ def compile(variant: Variant, arch: str) -> Cubin:
     if found is None:
         built = build(variant, arch)
         if built.metadata.global_scratch_size or built.metadata.profile_scratch_size:
-            raise NotImplementedError(f"{kernel.entry} takes scratch memory")
+            raise CompileError(
+                f"Triton {_version()} wants scratch memory for {kernel.entry} on {arch}; supported: none",
+                hint="install Triton 3.6 or 3.7, or choose a kernel that is not Triton's",
+            )
         defines = tuple((constant, str(int(value))) for constant, value in variant.constants)
         found = Cubin(name, arch, defines, built.asm["cubin"], json.dumps(launch_facts(built)))
         disk.save(key, found)

@@ -23,6 +23,7 @@ import torch
 from strobe.attention import ladder
 from strobe.attention.cases import Case
 from strobe.attention.check import verdict
+from strobe.errors import KernelRefusedError
 from strobe.linear import Projection, empty_weight
 from strobe.linear import ladder as linear
 from strobe.linear.problem import LinearProblem
@@ -70,7 +71,7 @@ def _attention(rung: ladder.Rung, device: str) -> Subject:
     inputs = _CASES[rung.phase].inputs(_dtype(device), device)
     problem, out = inputs.problem, torch.full_like(inputs.q, float("nan"))
     if reasons := rung.refusals(problem):
-        raise NotImplementedError(", ".join(reasons))
+        raise KernelRefusedError(", ".join(reasons))
 
     def call() -> torch.Tensor:
         rung.run(problem, inputs.q, inputs.k, inputs.v, out, None)
@@ -89,7 +90,7 @@ def _linear(name: str, device: str) -> Subject:
         tokens, _INPUTS, _OUTPUTS, dtype, device=device, arch=arch, input_major=input_major
     )
     if reasons := rung.refusals(problem):
-        raise NotImplementedError(", ".join(reasons))
+        raise KernelRefusedError(", ".join(reasons))
     weight = empty_weight(_OUTPUTS, _INPUTS, device=device, dtype=kind).normal_(0.0, _INPUTS**-0.5)
     projection, x = Projection(weight), torch.randn(tokens, _INPUTS, device=device).to(kind)
     out = torch.full((tokens, _OUTPUTS), float("nan"), dtype=kind, device=device)
