@@ -119,6 +119,7 @@ def test_soak(cli: Cli, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("startup", "--model", "no/such/folder"), "the process that was to start failed"),
         (("startup", "--kernels", "--arch", "sm_10"), "unknown arch 'sm_10'"),
         (("startup", "--kernels", "--rungs"), "--kernels and --rungs are both given"),
+        (("startup", "--rungs", "--random", "llama3-8b"), "--rungs and --random are both given"),
         (("startup", "--rungs", "--arch", "sm_90a"), "--arch is for --kernels"),
         (("soak", "--tokens", "0"), "tokens 0"),
         (("soak", "--engine", "kv_cache_page=3"), "did you mean 'kv_cache_pages'?"),

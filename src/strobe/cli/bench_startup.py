@@ -42,8 +42,10 @@ def startup(
     """How long from a new process to the first token, with an empty kernel cache and with a full one."""
     from strobe.bench import startup as bench
 
-    if kernels and rungs:
-        raise StrobeError("--kernels and --rungs are both given", hint="give one of them")
+    one_of = {"--kernels": kernels, "--rungs": rungs, "--model": model, "--random": random}
+    given = [name for name, value in one_of.items() if value not in (None, False)]
+    if len(given) > 1:
+        raise StrobeError(f"{' and '.join(given)} are both given", hint="give one of them")
     if arch and not kernels:
         raise StrobeError("--arch is for --kernels: the rest runs, and so takes this machine's own")
     if rungs:
@@ -63,8 +65,6 @@ def startup(
             )
         return
     bench_options.check_runs(runs)
-    if model is not None and random is not None:
-        raise StrobeError("--model and --random are both given", hint="give one of them")
     context = None
     if random is not None:
         from strobe.models import shapes
