@@ -24,7 +24,9 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _SCALAR = {torch.float16: "f16", torch.bfloat16: "bf16"}
-_THREADS = 256
+_THREADS = 128
+_TAKEN = 2
+"""Heads of a token that a thread takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +149,7 @@ class _Append(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k", "v", "q", "k_pages", "v_pages", "cos", "sin", "slots")),
         *((name, ctypes.c_void_p) for name in ("k_scale", "v_scale")),
         *((name, ctypes.c_int64) for name in ("k_token", "k_head", "v_token", "v_head")),
-        *((name, ctypes.c_int) for name in ("tokens", "q_heads", "kv_heads")),
+        *((name, ctypes.c_int) for name in ("q_heads", "kv_heads")),
         ("norm_eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("q_norm", "k_norm")),
     ]
@@ -236,18 +238,17 @@ def _plan(call: _Call) -> _Launch | None:
     """The CUDA kernel's launch, or None where torch is to run it: the kernel takes 16-byte pieces of 16-bit
     numbers, a cache alike or float8, and norms heads whose threads are all in one warp."""
     (tokens, heads, head_dim), kv_heads = call.shape, call.kv_heads
-    threads = tokens * (heads + kv_heads) * (head_dim // 16)
+    threads = -(-(heads + kv_heads) // _TAKEN) * (head_dim // 16)  # of a token
     pieces = call.aligned and not any(s % 8 for s in (*call.k_stride[:2], *call.v_stride[:2]))
     kinds = call.dtype in _SCALAR and call.pages_dtype in (call.dtype, torch.float8_e4m3fn)
     norms = call.norm_eps is not None
-    if not (threads and pieces and kinds) or head_dim % 16 or (norms and 512 % head_dim):
+    if not (tokens and threads and pieces and kinds) or head_dim % 16 or (norms and 512 % head_dim):
         return None
     params = _Append(
         k_token=call.k_stride[0],
         k_head=call.k_stride[1],
         v_token=call.v_stride[0],
         v_head=call.v_stride[1],
-        tokens=tokens,
         q_heads=heads - kv_heads,
         kv_heads=kv_heads,
         norm_eps=call.norm_eps or 0.0,
@@ -258,8 +259,10 @@ def _plan(call: _Call) -> _Launch | None:
     kernel = jit.kernel(_SOURCE, "append", defines, call.device.index)
     if call.settled:
         kernel.prefer_shared_memory()
-    blocks, programmatic = -(-threads // _THREADS), kernels.programmatic(call.device)
-    return _Launch(kernel.prepare(blocks, _THREADS, params, programmatic=programmatic), params)
+    blocks = -(-threads // _THREADS)
+    block = -(-threads // (32 * blocks)) * 32
+    programmatic = kernels.programmatic(call.device)
+    return _Launch(kernel.prepare((tokens, blocks), block, params, programmatic=programmatic), params)
 
 
 def _defines(
@@ -272,4 +275,5 @@ def _defines(
         "ROTATE": rotates,
         "NORM": norms,
         "EARLY": settled,
+        "TAKEN": _TAKEN,
     }
