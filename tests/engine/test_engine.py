@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -342,6 +343,25 @@ def test_requests_arrive_and_leave_from_other_threads(checkpoint):
     assert len(ended) == 80
     engine.scheduler.check()
     assert engine.scheduler.cache.used == 0
+
+
+def test_an_abort_that_comes_while_messages_are_taken_is_not_lost(checkpoint, prompts):
+    engine = Engine(checkpoint.model, None, ROOMY)
+
+    class Arrived(deque):
+        """Another thread adds a request, and drops it, when the engine has just seen that nobody came."""
+
+        def __bool__(self) -> bool:
+            if not len(self) and not engine.has_work:
+                engine.add(Request("late", prompts[0], GREEDY))
+                engine.abort("late")
+                return False
+            return len(self) > 0
+
+    engine._arrived = Arrived()
+    ended = [chunk for _ in range(3) for chunk in engine.step()]
+    assert [(chunk.request_id, chunk.finish_reason) for chunk in ended[:1]] == [("late", "abort")]
+    engine.scheduler.check()
 
 
 def test_a_failed_step_loses_no_page(checkpoint, prompts):

@@ -199,6 +199,7 @@ class Engine:
         )
 
     def _take_messages(self) -> None:
+        aborts = len(self._aborted)  # their requests have arrived; a later one's may not be seen below
         while self._arrived:
             request = self._arrived.popleft()
             params = request.params
@@ -215,7 +216,7 @@ class Engine:
                 for index in range(params.n)
             ]
             self.scheduler.add(request)
-        while self._aborted:
+        for _ in range(aborts):
             dropped = self._live.get(self._aborted.popleft())
             unfinished = [s for s in dropped.sequences if s.finish_reason is None] if dropped else []
             self._told += [self._finish(sequence, "abort") for sequence in unfinished]
