@@ -165,6 +165,50 @@ def test_is_bounded(template):
         ChatTemplate(template).render([{"role": "user", "content": "x"}], {})
 
 
+DOUBLED = "{%% set ns = namespace(x='x') %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}"
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        "[ns.x, ns.x]",
+        "(ns.x, ns.x)",
+        "{'a': ns.x, 'b': ns.x}",
+        "{'a': ns.x, 'b': ns.x}.items()",
+        "[ns.x] * 2",
+        "[ns.x] + [ns.x]",
+        "dict(a=ns.x, b=ns.x)",
+        "{}.fromkeys([1, 2], ns.x)",
+        "[nothing, nothing] | map('default', ns.x) | list",
+    ],
+)
+def test_a_list_that_holds_another_twice_again_and_again(twice):
+    """Of 2**60 letters written out, compared or hashed; in memory a list of two, sixty times."""
+    with pytest.raises(RequestError, match="a list of more than"):
+        ChatTemplate(DOUBLED % twice).render([], {})
+
+
+def test_a_macro_s_arguments_and_a_namespace_in_itself():
+    macro = "{% macro f() %}{% set ns.x = varargs %}{% endmacro %}"
+    with pytest.raises(RequestError, match="a list of more than"):
+        ChatTemplate(macro + DOUBLED % "f(ns.x, ns.x) or ns.x").render([], {})
+    assert (
+        ChatTemplate("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}").render([], {}) == "<namespace>"
+    )
+    with pytest.raises(RequestError, match="a number too large"):
+        ChatTemplate(DOUBLED.replace("'x'", "9999") % "ns.x * ns.x").render([], {})
+
+
+def test_a_long_conversation_is_collected_message_by_message():
+    messages = [{"role": "user", "content": f"message {i}"} for i in range(2000)]
+    collect = (
+        "{% set ns = namespace(kept=[]) %}"
+        "{% for m in messages %}{% set ns.kept = ns.kept + [m] %}{% endfor %}"
+        "{% for m in ns.kept %}{{ m.content }};{% endfor %}"
+    )
+    assert ChatTemplate(collect).render(messages, {}) == "".join(f"{m['content']};" for m in messages)
+
+
 def test_input_is_bounded():
     with pytest.raises(RequestError, match="characters"):
         ChatTemplate("{{ messages }}").render([{"role": "user", "content": "x" * (5 << 20)}], {})

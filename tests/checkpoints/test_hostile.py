@@ -541,6 +541,20 @@ def test_ranks_that_fill_the_model(meta_folder):
     refused(meta_folder, "tokenizer.model", "no special ones", kind=TokenizerError)
 
 
+def test_a_token_as_long_as_a_file(meta_folder, tmp_path, formats):
+    """Every cut of a token is looked at: of one of 60 MB, for a week."""
+    token = base64.b64encode(b"a" * 2000)
+    (meta_folder / "tokenizer.model").write_bytes(rank_file(more=token + b" 256"))
+    refused(meta_folder, "tokenizer.model", "2,000 characters", kind=TokenizerError)
+    path = tmp_path / "model.bin"
+    formats.write_llama2c(path, formats.meta_state(formats.network()), version=0, tied=True)
+    vocab_size = formats.network().vocab_size
+    pieces = [str(index).encode() for index in range(vocab_size - 1)] + [b"b" * 3000]
+    data = b"".join(struct.pack("<fi", 0.0, len(piece)) + piece for piece in pieces)
+    (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<I", 3000) + data)
+    refused(path, "tokenizer.bin", "3,000 characters", kind=TokenizerError)
+
+
 @pytest.mark.parametrize("kind", ["unigram", "normalised"])
 def test_other_sentencepiece_models(meta_folder, kind):
     stream = io.BytesIO()

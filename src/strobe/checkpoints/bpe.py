@@ -6,12 +6,24 @@ of the best rank. As merges that is: every way to cut every token into two token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import AnyStr
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from strobe.errors import TokenizerError
+
+LONGEST = 1024
+"""Characters of a token, of which every cut is looked at. Llama 3's longest has 128."""
 
 
-def merges(tokens: Iterable[AnyStr], vocabulary: Mapping[AnyStr, int]) -> list[tuple[AnyStr, AnyStr]]:
-    """All cuts of `tokens` (best rank first) into two members of `vocabulary`."""
+def merges(tokens: Collection[str], vocabulary: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
+    """All cuts of `tokens` (best rank first) into two members of `vocabulary`.
+
+    Raises:
+        TokenizerError: a token too long, in the file `path`.
+    """
+    longest = max(map(len, tokens), default=0)
+    if longest > LONGEST:
+        raise TokenizerError(f"{path} has a token of {longest:,} characters; supported: up to {LONGEST:,}")
     return [
         (token[:cut], token[cut:])
         for token in tokens

@@ -83,7 +83,7 @@ def build(vocabulary: Vocabulary, path: Path, *, add_bos: bool) -> tokenizers.To
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab=ids,
-            merges=merges(ranked, {text: ids[text] for text in ranked}),
+            merges=merges(ranked, {text: ids[text] for text in ranked}, path),
             unk_token=unknown[0],
             fuse_unk=True,
             byte_fallback=any(kind == _BYTE for _, _, kind in vocabulary.pieces),

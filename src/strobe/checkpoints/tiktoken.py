@@ -69,7 +69,7 @@ def read(path: Path, vocab_size: int | None) -> Tokenizer:
     spelled = ["".join(spelling[byte] for byte in token) for token in ranks]
     vocabulary = {token: rank for rank, token in enumerate(spelled)}
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges(spelled, vocabulary), ignore_merges=True)
+        models.BPE(vocab=vocabulary, merges=merges(spelled, vocabulary, path), ignore_merges=True)
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
