@@ -62,12 +62,16 @@ def test_suites_name_every_case_once() -> None:
 
 def test_append_rows_are_checked_then_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(append.measure(SHAPE, (1, 5), torch.float32, "cpu"))
-    assert [row["case"]["tokens"] for row in rows] == [1, 5]
+    ways = ["strobe:append_rotated", "torch:copy_"]
+    assert [(row["case"]["tokens"], row["provider"]) for row in rows] == [
+        (n, way) for n in (1, 5) for way in ways
+    ]
     for row in rows:
         assert row["checked"]
         heads_read, heads_written = 4 + 2 + 2, 4 + 2 + 2
         tokens = row["case"]["tokens"]
-        assert row["bytes"] == tokens * ((heads_read + heads_written + 2) * 32 * 4 + 8)
+        angles, slot = (2 * 32 * 4, 8) if row["provider"] == ways[0] else (0, 0)
+        assert row["bytes"] == tokens * ((heads_read + heads_written) * 32 * 4 + angles + slot)
         assert row["gbps"] == pytest.approx(row["bytes"] / row["ms"] * 1e-6)
     honest = cache.append_rotated
 
@@ -75,9 +79,10 @@ def test_append_rows_are_checked_then_timed(monkeypatch: pytest.MonkeyPatch) -> 
         return honest(qk, torch.zeros_like(v), *rest)
 
     monkeypatch.setattr(cache, "append_rotated", forgets_the_values)
-    (row,) = append.measure(SHAPE, (5,), torch.float32, "cpu")
-    assert row["checked"] is False
-    assert "ms" not in row
+    appended, copied = append.measure(SHAPE, (5,), torch.float32, "cpu")
+    assert appended["checked"] is False
+    assert "ms" not in appended
+    assert copied["checked"]
 
 
 @given(st.integers(1, 30), st.floats(1e-4, 100), st.integers(1, 100), st.floats(0.1, 10))
@@ -99,7 +104,7 @@ def test_tables_and_the_figure_of_a_result(tmp_path: Path) -> None:
         for case in decode.SUITES["all"]
         for provider, gbps in (("strobe:cuda_paged", 4000.0), ("strobe:cuda_split", 1000.0), ("fa3", 3000.0))
     ]
-    appended = {**next(iter(append.measure(SHAPE, (3,), torch.float32, "cpu"))), "bytes": 2e6, "ms": 0.002}
+    appended = {**next(iter(append.measure(SHAPE, (3,), torch.float32, "cpu"))), "gbps": 1000.0, "ms": 0.002}
     machine = {"gpu": "X", "ceilings": {"dtype": "bfloat16", "matmul_tflops": 1.0, "read_gbps": 4000.0}}
     result = Result("decode", [*rows, appended], machine, {}, "abc", "2026-01-01")
     table = document_tables.TABLES["decode"][1](result)
@@ -108,7 +113,8 @@ def test_tables_and_the_figure_of_a_result(tmp_path: Path) -> None:
     assert "cuda_split" not in table
     assert "cuda_split" in document_tables.TABLES["decode_ladder"][1](result)
     (line,) = document_tables.TABLES["append"][1](result).splitlines()[4:]
-    assert [cell.strip() for cell in line.split("|")][2:5] == ["2", "0.5", "4"]
+    assert "3 tokens" in line
+    assert "2 (25%)" in line
     assert decode_figure.drawable(result)
     assert not decode_figure.drawable(Result("decode", rows[:3], machine))
     decode_figure.against_context(result, tmp_path / "x.svg")

@@ -31,8 +31,10 @@ def test_contexts_as_table_json_csv_file_and_figure(cli: Cli, tmp_path: Path) ->
     assert [(row["case"]["kv_len"], row["case"]["page_size"]) for row in attention] == [
         (40, 8), (70, 8), (200, 8)
     ]  # fmt: skip
-    (append,) = [row for row in result["rows"] if "op" in row["case"]]
-    assert append["case"]["tokens"] == 3
+    appended = [row for row in result["rows"] if "op" in row["case"]]
+    assert [(row["case"]["tokens"], row["provider"]) for row in appended] == [
+        (3, "strobe:append_rotated"), (3, "torch:copy_")
+    ]  # fmt: skip
     assert all(row["checked"] and row["gbps"] > 0 for row in result["rows"])
     assert Result.load(saved).rows == result["rows"]
     assert b"batch 3" in figure.read_bytes()

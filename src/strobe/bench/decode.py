@@ -75,5 +75,5 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "all": tuple(dict.fromkeys((*DECODE_BENCH, *EXTRA, *CONTEXT))),
     "quick": QUICK,
 }
-APPENDED = (1, 8, 64, 256, 2048)
+APPENDED = (1, 8, 64, 256, 512, 2048)
 """Tokens a call of the cache's own kernel: decode batches, and a prompt's chunk."""

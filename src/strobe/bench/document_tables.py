@@ -94,20 +94,7 @@ def _microseconds(result: Result, rows: list[Row]) -> str:
 
 
 def _append(result: Result) -> str:
-    roof = result.machine["ceilings"]["read_gbps"]
-    lines = []
-    for row in (row for row in result.rows if "op" in row["case"]):
-        case = row["case"]
-        shape = f"{case['tokens']} tokens, heads {case['q_heads']}/{case['kv_heads']} x {case['head_dim']}"
-        shape += ", settled" if row["provider"].endswith(" settled") else ""
-        if not row["checked"]:
-            lines.append([shape, "WRONG", "", ""])
-            continue
-        floor_ms = row["bytes"] / roof * 1e-6
-        figures = (row["ms"] * 1e3, floor_ms * 1e3, row["ms"] / floor_ms)
-        lines.append([shape, *(f"{figure:.4g}" for figure in figures)])
-    head = ["rotate and append", "µs", "its bytes at the read ceiling, µs", "times that"]
-    return f"{_dtype(result)}:\n\n{tables.markdown(head, lines)}"
+    return _microseconds(result, [row for row in result.rows if "op" in row["case"]])
 
 
 def _ladder(result: Result) -> str:
