@@ -132,6 +132,24 @@ def test_a_layout_that_was_written_to_is_read_again(kernel: str) -> None:
         attention(q, k, v, layout=layout, kernel=kernel)
 
 
+@pytest.mark.parametrize("kernel", ["torch_grouped", "torch_sdpa", "auto"])
+def test_one_layout_over_caches_that_are_unlike(kernel: str) -> None:
+    """A page table of few pages fits caches of any page_size, and one of a draft model's heads."""
+    table = torch.randperm(8)[:8].view(2, 4).int()
+    lens = torch.randint(1, 60, (2,), dtype=torch.int32)
+    layout = Paged(table, lens)
+    for page_size, kv_heads, dtype in (
+        (16, 2, torch.float32),
+        (32, 2, torch.float32),
+        (16, 4, torch.bfloat16),
+    ):
+        q = torch.randn(2, 1, 8, 16).to(dtype)
+        k, v = torch.randn(2, 8, page_size, kv_heads, 16).to(dtype)
+        given = attention(q, k, v, layout=layout, kernel=kernel)
+        expected = attention(q, k, v, layout=Paged(table, lens), kernel="torch_naive")
+        torch.testing.assert_close(given, expected, atol=0.02, rtol=0)
+
+
 def test_sums_that_were_written_to_are_checked_again() -> None:
     q, k, v = torch.randn(3, 8, 2, 16)
     sums = torch.tensor([0, 3, 8], dtype=torch.int32)

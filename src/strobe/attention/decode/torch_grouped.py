@@ -92,9 +92,9 @@ class _Part:
 
 
 def _parts(problem: AttentionProblem, k: torch.Tensor) -> list[_Part]:
-    """Made once for all layers of a forward pass that have the same window."""
+    """Made once for all layers of a forward pass that have the same window and caches that are alike."""
     layout = cast(Paged, problem.layout)
-    key = f"torch_grouped {problem.window}"
+    key = "torch_grouped", problem.window, problem.page_size, k.shape[1:], k.dtype
     if key not in layout.scratch:
         lens, table = np.array(layout.host_lens), layout.page_table.numpy()
         members = _split(lens)
