@@ -13,7 +13,8 @@ from strobe.ops import cache, rope
     ("kv_dtype", "early"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)], ids=["early", "float8"]
 )
 @pytest.mark.parametrize(
-    ("tokens", "q_heads", "kv_heads", "head_dim"), [(1, 8, 2, 128), (7, 5, 5, 64), (3, 3, 1, 80)]
+    ("tokens", "q_heads", "kv_heads", "head_dim"),
+    [(1, 8, 2, 128), (2, 24, 5, 128), (7, 5, 5, 64), (3, 3, 1, 80)],
 )
 def test_norms_rotates_and_appends(
     tokens: int, q_heads: int, kv_heads: int, head_dim: int, kv_dtype: torch.dtype, early: bool
