@@ -25,7 +25,9 @@ app = modal.App("strobe-bench")
 # the sources go in last: a change to them does not install torch again
 image = (
     modal.Image.debian_slim(python_version="3.12")
-    .pip_install_from_pyproject(str(ROOT / "pyproject.toml"), optional_dependencies=["gpu", "plots"])
+    .pip_install_from_pyproject(
+        str(ROOT / "pyproject.toml"), optional_dependencies=["gpu", "integrations", "plots"]
+    )
     .env({"PYTHONPATH": str(REMOTE / "src")})
     .add_local_dir(ROOT / "src", str(REMOTE / "src"), ignore=["**/__pycache__"])
     .add_local_file(ROOT / "benchmarks" / "gpu.sh", str(REMOTE / "benchmarks" / "gpu.sh"))

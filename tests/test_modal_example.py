@@ -51,6 +51,7 @@ def test_image_holds_what_the_script_needs(monkeypatch: pytest.MonkeyPatch) -> N
     ((_, (project,), installed),) = (s for s in recorder.steps if s[0] == "pip_install_from_pyproject")
     extras = tomllib.loads(Path(project).read_text())["project"]["optional-dependencies"]
     assert set(installed["optional_dependencies"]) <= set(extras)
+    assert {"gpu", "integrations"} <= set(installed["optional_dependencies"])  # `strobe verify` is a step
     copied = {args[1]: Path(args[0]) for name, args, _ in recorder.steps if name.startswith("add_local")}
     assert copied == {"/strobe/src": ROOT / "src", "/strobe/benchmarks/gpu.sh": ROOT / "benchmarks/gpu.sh"}
     assert all(path.exists() for path in copied.values())

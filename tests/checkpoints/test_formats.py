@@ -130,6 +130,7 @@ def test_a_window_that_a_config_leaves_unsaid(family, said):
         ({}, (2,), GenerationDefaults()),
         ({"eos_token_id": [5, 6]}, (5, 6), GenerationDefaults()),
         ({"do_sample": False, "temperature": 0.6}, (2,), GenerationDefaults(temperature=0.0)),
+        ({"temperature": 0.6, "min_p": 0.1}, (2,), GenerationDefaults(temperature=0.6, min_p=0.1)),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
             (2,),

@@ -249,11 +249,10 @@ def _rope(keys: _Keys) -> Rope:
 
 
 def generation_defaults(path: Path, values: Mapping[str, Any]) -> GenerationDefaults:
-    """How generation_config.json says to sample: greedily unless it says `do_sample`."""
+    """How generation_config.json says to sample: greedily where `do_sample` is false, whatever else it says."""
     keys = _Keys(path, values)
-    if not keys.flag("do_sample", False):
-        greedy = 0.0 if keys.has("do_sample") else None
-        return GenerationDefaults(temperature=greedy)
+    if not keys.flag("do_sample", True):
+        return GenerationDefaults(temperature=0.0)
 
     def optional(key: str) -> float | None:
         return keys.number(key) if keys.has(key) else None
