@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -33,10 +34,12 @@ from strobe.bench.results import Result
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
-SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2}
+SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2, "test_decode_rungs": 3}
 """Files that take longer than the others, and among how many processes each is dealt."""
 OPS = {"test_cache_ops": 1, "test_linear_rungs": 6, "test_projected_append": 3, "test_sampling": 1}
-"""Tests of what is no rung of attention, which the sanitizer watches whole: among how many processes."""
+"""Tests of what is no rung of attention, which the sanitizer watches: among how many processes."""
+RACED = {"test_linear_rungs": 6, "test_projected_append": 6, "test_sampling": 6}
+"""Of those, racecheck sees every so manyth test: it takes minutes for one product of a model's size."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 
 
@@ -97,21 +100,23 @@ def sanitizer_parts(sanitizer: str, quick: bool) -> list[Part]:
         for rung in sanitized.rungs()
         for index in range(split)
     ]
-    for name, parts in () if quick else OPS.items():
+    tools = [(tool, f"{tool} {name}", argv, environ) for tool in TOOLS for name, argv, environ in programs]
+    for tool, (name, parts) in () if quick else itertools.product(TOOLS, OPS.items()):
         file = str(ROOT / "tests" / "gpu" / f"{name}.py")
         for index in range(parts):
-            part = f"{index}/{parts}"
+            every = RACED.get(name, 1) if tool == "racecheck" else 1
+            part = f"{index}/{parts * every}"
+            argv = ("-m", "pytest", "-q", "-m", "gpu", file, "--part", part)
             # these capture graphs, in which nothing may be allocated but from torch's cache
-            programs.append((f"{name} {part}", ("-m", "pytest", "-q", "-m", "gpu", file, "--part", part), {}))
+            tools.append((tool, f"{tool} {name} {part}", argv, {}))
     return [
         Part(
-            f"{tool} {name}",
+            name,
             (sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable,
-             *program),
+             *argv),
             environ,
         )
-        for tool in TOOLS
-        for name, program, environ in programs
+        for tool, name, argv, environ in tools
     ]  # fmt: skip
 
 
@@ -165,7 +170,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["tests", "sanitize"])
-    parser.add_argument("--only", default="", help="parts whose name holds this")
+    parser.add_argument("--only", default="", help="parts whose name holds one of these, by comma")
     parser.add_argument("--quick", action="store_true", help="with sanitize: few cases")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1), help="processes at a time")
     parser.add_argument("--deadline", type=float, default=240.0, help="seconds for each part")
@@ -184,7 +189,7 @@ def main() -> int:
         signal.signal(each, stop)
     logs = Path(tempfile.mkdtemp(prefix="strobe-gpu-"))
     parts = test_parts(logs) if given.what == "tests" else sanitizer_parts(str(sanitizer), given.quick)
-    parts = [part for part in parts if given.only in part.name]
+    parts = [part for part in parts if any(each in part.name for each in given.only.split(","))]
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda part: run(part, given.deadline, logs), parts):

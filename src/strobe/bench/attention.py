@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -56,7 +57,6 @@ def of_rung(
         KernelRefusedError: the rung has no tile sizes to set, or none of these names.
     """
     tile = None if tile_sizes is None else _tile(rung, tile_sizes)
-    options = {} if tile is None else {"tile": tile}
 
     def laid_out(problem: AttentionProblem) -> AttentionProblem:
         if not (settled and isinstance(problem.layout, Paged)):
@@ -65,10 +65,12 @@ def of_rung(
         return replace(problem, layout=layout)
 
     def bind(inputs: Inputs) -> Callable[[], torch.Tensor]:
-        problem, out = laid_out(inputs.problem), torch.full_like(inputs.q, float("nan"))
+        q, k, v, problem = inputs.q, inputs.k, inputs.v, laid_out(inputs.problem)
+        out = torch.full_like(q, float("nan"))
+        run = partial(rung.module.run, problem, tile=tile) if tile else rung.prepare(problem, q, k, v)
 
         def call() -> torch.Tensor:
-            rung.module.run(problem, inputs.q, inputs.k, inputs.v, out, None, **options)
+            run(q, k, v, out, None)
             return out
 
         return call
