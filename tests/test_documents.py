@@ -108,18 +108,6 @@ def test_ladder_names_every_rung_in_order() -> None:
         assert re.findall(r"^\| `(\w+)` \|", written, re.MULTILINE) == rungs
 
 
-def test_equations_that_kernels_cite_exist() -> None:
-    numbered = set(re.findall(r"^\*\*\((\d+)\) ", (ROOT / "docs" / "math.md").read_text(), re.MULTILINE))
-    cited = set()
-    for path in (ROOT / "src").rglob("*"):
-        if path.suffix in (".py", ".cu", ".cuh"):
-            for first, last in re.findall(
-                r"docs/math\.md,\s+(?:eq\.|equations?) (\d+)(?: (?:to|and) (\d+))?", path.read_text()
-            ):
-                cited |= {first, last or first}
-    assert {"1", "3", "5", "6", "7", "8"} <= cited <= numbered
-
-
 @pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_links_of_documents_exist(document: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

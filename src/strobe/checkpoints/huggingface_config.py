@@ -249,7 +249,7 @@ def _rope(keys: _Keys) -> Rope:
 
 
 def generation_defaults(path: Path, values: Mapping[str, Any]) -> GenerationDefaults:
-    """How generation_config.json says to sample: greedily where `do_sample` is false, whatever else it says."""
+    """How generation_config.json says to sample; `do_sample` false is greedy, whatever else it says."""
     keys = _Keys(path, values)
     if not keys.flag("do_sample", True):
         return GenerationDefaults(temperature=0.0)
