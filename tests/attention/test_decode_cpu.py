@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from strobe.attention import ladder, paged
 from strobe.attention.decode import cuda_cluster, cuda_paged, cuda_single, cuda_split, triton_split
-from strobe.attention.problem import DECODE_MAX_Q_LEN, AttentionProblem, Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, AttentionProblem, Dense, Packed, Paged
 
 CASES = {"paged_decode", "paged_decode_mha", "paged_decode_mqa", "paged_page_1", "paged_page_256"}
 
@@ -53,6 +53,8 @@ def test_accepts_the_plain_problem(rung: object) -> None:
 
 
 SETTLED = Paged(None, None, settled=True)
+DENSE = {"layout": Dense(), "page_size": 0}
+PACKED = {"layout": Packed(None, None), "page_size": 0}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,16 @@ SETTLED = Paged(None, None, settled=True)
         ({"batch": 2, "head_dim": 80, "kv_dtype": "float8_e4m3fn"}, "cuda_paged"),
         ({"batch": 1, "q_len": 2}, "cuda_paged"),
         ({"batch": 1, "arch": 80}, "cuda_async"),
+        ({**DENSE, "batch": 1, "kv_len": 2048}, "cuda_cluster"),
+        ({**DENSE, "batch": 1, "kv_len": 2049}, "cuda_paged"),
+        ({**DENSE, "q_len": DECODE_MAX_Q_LEN}, "cuda_paged"),
+        ({**DENSE, "q_len": DECODE_MAX_Q_LEN + 1}, "cuda_hopper"),
+        ({**DENSE, "arch": 80}, "cuda_async"),
+        ({**PACKED, "q_len": 1}, "cuda_hopper"),
     ],
     ids=str,
 )
-def test_auto_takes_clusters_for_one_short_row(change: dict[str, object], taken: str) -> None:
+def test_what_auto_takes(change: dict[str, object], taken: str) -> None:
     assert ladder.choose(problem(**change)).name == taken
 
 
@@ -88,6 +96,8 @@ def test_auto_takes_clusters_for_one_short_row(change: dict[str, object], taken:
         ({"head_dim": 72}, "head_dim 72"),
         ({"q_len": 17}, "q_len 17"),
         ({"page_size": 512}, "page_size 512"),
+        ({**DENSE, "kv_len": 0}, "kv_len 0"),
+        (PACKED, "k and v packed"),
         ({"dtype": "float32"}, "dtype float32"),
         ({"kv_dtype": "float32"}, "cache in float32"),
         ({"batch": 70_000}, "batch 70000"),
@@ -119,7 +129,7 @@ def test_teaching_rungs_say_why_not(rung: Any, change: dict[str, object], reason
     group=st.sampled_from([1, 3, 4, 8, 16, 64]),
     kv_heads=st.sampled_from([1, 2, 3, 8]),
     q_len=st.integers(1, DECODE_MAX_Q_LEN),
-    page_size=st.integers(1, paged.MAX_PAGE_SIZE),
+    page_size=st.integers(0, paged.MAX_PAGE_SIZE),
     batch=st.integers(1, cuda_paged.MAX_BATCH),
     kv_dtype=st.sampled_from([None, "float8_e4m3fn"]),
 )
@@ -128,7 +138,7 @@ def test_every_accepted_problem_has_a_shape_that_fits(
 ) -> None:
     described = problem(
         head_dim=head_dim, q_heads=group * kv_heads, kv_heads=kv_heads, q_len=q_len, page_size=page_size,
-        batch=batch, kv_dtype=kv_dtype,
+        batch=batch, kv_dtype=kv_dtype, layout=Paged(None, None) if page_size else Dense(),
     )  # fmt: skip
     if cuda_paged.refusals(described):
         return
@@ -148,3 +158,4 @@ def test_every_accepted_problem_has_a_shape_that_fits(
 def test_only_what_is_settled_is_read_early(rung: Any) -> None:
     assert rung.choose_shape(problem(layout=Paged(None, None, settled=True))).settled
     assert not rung.choose_shape(problem()).settled
+    assert not rung.choose_shape(problem(**DENSE)).settled

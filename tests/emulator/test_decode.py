@@ -1,4 +1,4 @@
-"""The paged decode kernels in the emulator: their variants on ragged little caches, against the oracle."""
+"""The production decode kernels in the emulator: variants on ragged little caches, against the oracle."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_emulator import emulated_gpu, missing
-from decode_cases import in_float8
+from decode_cases import STRIDES, in_float8, random_dense, strided
 
+from strobe.attention import ladder
 from strobe.attention.api import attention, empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
@@ -18,6 +20,7 @@ from strobe.attention.decode import cuda_cluster, cuda_paged
 from strobe.attention.inputs import describe
 from strobe.attention.problem import UNLIMITED, Options, Paged
 from strobe.integrations.flash_attn import flash_attn_with_kvcache
+from strobe.integrations.sdpa import scaled_dot_product_attention
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -31,7 +34,7 @@ VARIANTS = [
 
 
 def run(rung: Any, changes: dict[str, Any], inputs: Inputs, sms: int = 5) -> torch.Tensor:
-    out = torch.full_like(inputs.q, float("nan"))
+    out = torch.full_like(inputs.q, float("nan"), memory_format=torch.contiguous_format)
     with emulated_gpu(sm_count=sms, last_block_first=random.random() < 0.5):
         problem = inputs.problem
         lse = empty_lse(problem, inputs.q).fill_(float("nan"))
@@ -56,6 +59,34 @@ def test_window_softcap_and_odd_pages(rung: Any, changes: dict[str, Any]) -> Non
     window = (random.randint(0, 60), UNLIMITED)
     case = Case("odd", rows, 6, 2, 80, "paged", 10, causal=True, window=window, softcap=15.0)
     run(rung, changes, case.inputs(torch.float16, seed=random.randrange(2**31)))
+
+
+@pytest.mark.parametrize("how", STRIDES)
+@pytest.mark.parametrize(("rung", "changes"), [(cuda_paged, {}), (cuda_cluster, {})])
+def test_dense_keys_in_any_strides(rung: Any, changes: dict[str, Any], how: str) -> None:
+    inputs = random_dense(random.randrange(2**31)).inputs(random.choice([torch.bfloat16, torch.float16]))
+    run(rung, changes, strided(inputs, how))
+
+
+@pytest.mark.parametrize(("rung", "changes"), [(cuda_paged, {"heads": 2}), VARIANTS[2]])
+def test_dense_rows_that_blocks_share(rung: Any, changes: dict[str, Any]) -> None:
+    case = Case("dense", ((3, random.randint(900, 1200)),) * 2, 8, 2, 64, causal=True)
+    inputs = strided(case.inputs(torch.bfloat16, seed=random.randrange(2**31)), "heads")
+    assert torch.equal(run(rung, changes, inputs, 11), run(rung, changes, inputs, 11))
+
+
+def test_a_cache_that_grows_by_torchs_signature() -> None:
+    """As transformers calls it: heads outermost, other tensors and one key more each time."""
+    q, stored = torch.randn(2, 8, 1, 64).bfloat16(), torch.randn(2, 2, 2, 40, 64).bfloat16()
+    for length in (33, 34, 35):
+        k, v = stored[:, :, :, :length].clone()
+        with emulated_gpu(sm_count=3):
+            ours = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            chosen = ladder.choose(describe(*(x.transpose(1, 2) for x in (q, k, v)), Options())).name
+        assert chosen == "cuda_paged"
+        torch.testing.assert_close(
+            ours, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), atol=2e-2, rtol=2e-2
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from strobe.attention.api import empty_lse
 from strobe.attention.cases import Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
-from strobe.attention.problem import UNLIMITED, AttentionProblem, Paged
+from strobe.attention.problem import UNLIMITED, AttentionProblem, Dense, Paged
 from strobe.cuda import jit
 
 
@@ -137,6 +137,51 @@ def random_case(seed: int) -> Case:
 RANDOM, OTHER_RANDOM = random_case(3), random_case(11)
 
 
+def random_dense(seed: int) -> Case:
+    """Rows of one odd length, up to 16 queries each, window, softcap and sinks."""
+    draw = random.Random(seed)
+    kv_heads = draw.choice([1, 2, 4])
+    return Case(
+        f"random_dense_{seed}",
+        ((draw.choice([1, 1, 3, 16]), draw.choice([1, 15, 16, 17, draw.randint(1, 300)])),)
+        * draw.randint(1, 4),
+        q_heads=kv_heads * draw.choice([1, 3, 4, 8]),
+        kv_heads=kv_heads,
+        head_dim=draw.choice(paged.HEAD_DIMS),
+        causal=draw.random() < 0.7,
+        window=(draw.choice([UNLIMITED, UNLIMITED, 0, 40]), draw.choice([UNLIMITED, 0, 3])),
+        softcap=draw.choice([0.0, 0.0, 15.0]),
+        sinks=draw.random() < 0.3,
+        values=draw.choice(["normal", "normal", "large"]),
+    )
+
+
+STRIDES = ("tokens", "heads", "rows off 16 bytes", "start off 16 bytes", "expanded")
+"""How a dense tensor may lie in memory; bulk copies can read the first two."""
+
+
+def strided(inputs: Inputs, how: str) -> Inputs:
+    """The same call, its tensors in other strides, NaN wherever there is no row of theirs."""
+    return Inputs(*(_strided(x, how) for x in (inputs.q, inputs.k, inputs.v)), inputs.options)
+
+
+def _strided(x: torch.Tensor, how: str) -> torch.Tensor:
+    batch, length, heads, dim = x.shape
+
+    def room(*shape: int) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
+
+    if how == "expanded":
+        return x[:, :, :1].expand_as(x)
+    place = {
+        "tokens": lambda: room(batch, length + 5, heads, dim)[:, :length],
+        "heads": lambda: room(batch, heads, length + 5, dim)[:, :, :length].transpose(1, 2),
+        "rows off 16 bytes": lambda: room(batch, length, heads, dim + 1)[..., :dim],
+        "start off 16 bytes": lambda: room(x.numel() + 1)[1:].view(x.shape),
+    }[how]()
+    return place.copy_(x)
+
+
 def problem_of(case: Case, dtype: str = "bfloat16", kv_dtype: str | None = None) -> AttentionProblem:
     """What decides a case's shape, without its data."""
     return AttentionProblem(
@@ -151,8 +196,8 @@ def problem_of(case: Case, dtype: str = "bfloat16", kv_dtype: str | None = None)
         window=case.window,
         softcap=case.softcap,
         sinks=True if case.sinks else None,
-        layout=Paged(None, None),
-        page_size=case.page_size,
+        layout=Dense() if case.layout == "dense" else Paged(None, None),
+        page_size=0 if case.layout == "dense" else case.page_size,
     )
 
 

@@ -14,8 +14,12 @@ pytestmark = pytest.mark.gpu
 
 
 def inputs_of(layout: str) -> Inputs:
-    rows = {"dense": ((70, 130),) * 2, "packed": ((70, 130), (33, 40)), "paged": ((1, 130), (1, 40))}[layout]
-    return Case("compiled", rows, 4, 2, 128, layout=layout, causal=True).inputs(torch.bfloat16, "cuda")
+    rows = {"dense": ((70, 130),) * 2, "packed": ((70, 130), (33, 40)), "paged": ((1, 130), (1, 40))}
+    rows["one query"] = ((1, 700),) * 2
+    memory = "dense" if layout == "one query" else layout
+    return Case("compiled", rows[layout], 4, 2, 128, layout=memory, causal=True).inputs(
+        torch.bfloat16, "cuda"
+    )
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,8 @@ def inputs_of(layout: str) -> Inputs:
     [
         ("dense", "aot_eager"),
         ("dense", "cudagraphs"),
+        ("one query", "aot_eager"),
+        ("one query", "cudagraphs"),
         ("packed", "aot_eager"),
         ("packed", "cudagraphs"),
         ("paged", "aot_eager"),

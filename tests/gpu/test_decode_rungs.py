@@ -19,6 +19,7 @@ from decode_cases import (
     PLAIN_VARIANTS,
     RAGGED,
     RANDOM,
+    STRIDES,
     VARIANTS,
     Variant,
     compile_all,
@@ -26,10 +27,13 @@ from decode_cases import (
     in_float8,
     problem_of,
     random_case,
+    random_dense,
+    strided,
 )  # fmt: skip
 from judged import judged
 
 from strobe.attention import ladder
+from strobe.attention.api import attention
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.decode import cuda_cluster, cuda_paged
@@ -40,7 +44,13 @@ from strobe.ops import cache, rope
 pytestmark = pytest.mark.gpu
 
 RUNGS = [rung for rung in ladder.DECODE if rung.name.startswith(("cuda_", "triton_"))]
-PAGED = [case for case in CORRECTNESS if case.layout.startswith("paged")]
+CASES = [
+    case
+    for case in CORRECTNESS
+    if case.layout.startswith("paged")
+    or (case.layout == "dense" and max(q for q, _ in case.rows) <= DECODE_MAX_Q_LEN)
+]
+DENSE = Case("dense", ((2, 5001),) * 3, 32, 8, 128, causal=True)
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 plain = pytest.mark.parametrize("variant", list(PLAIN_VARIANTS), ids=str)
@@ -55,7 +65,11 @@ def _compiled() -> None:
                 for variant in VARIANTS
                 for case in (PLAIN, RAGGED, RANDOM, ONE_ROW)
             ),
-            *((variant, problem_of(case)) for variant in PLAIN_VARIANTS for case in (*LONG, OTHER_RANDOM)),
+            *(
+                (variant, problem_of(case))
+                for variant in PLAIN_VARIANTS
+                for case in (*LONG, OTHER_RANDOM, DENSE)
+            ),
             *(
                 (variant, problem_of(fp8_case(dim, q_len), dtype, "float8_e4m3fn"))
                 for variant in PLAIN_VARIANTS
@@ -68,7 +82,7 @@ def _compiled() -> None:
 @pytest.mark.parametrize("rung", RUNGS, ids=str)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (64, torch.float16)], ids=str)
 def test_case_table(rung: ladder.Rung, head_dim: int, dtype: torch.dtype) -> None:
-    cases = [replace(case, head_dim=head_dim) for case in PAGED]
+    cases = [replace(case, head_dim=head_dim) for case in CASES]
     if rung.module in (cuda_paged, cuda_cluster):
         few = [case for case in cases if max(q for q, _ in case.rows) <= DECODE_MAX_Q_LEN]
         name = str(dtype).removeprefix("torch.")
@@ -100,6 +114,53 @@ def test_random_caches(variant: Variant) -> None:
         if failure := variant.wrong(in_float8(inputs) if float8 else inputs):
             failures.append(f"{case!r} in {dtype}, float8 {float8}: {failure}")
     assert not failures, "\n".join(failures)
+
+
+@plain
+def test_random_dense_calls(variant: Variant) -> None:
+    cases = [random_dense(random.randrange(2**31)) for _ in range(10)]
+    dtype = random.choice(["bfloat16", "float16"])
+    compile_all((variant, problem_of(case, dtype)) for case in cases)
+    failures = []
+    for case in cases:
+        inputs, how = case.inputs(getattr(torch, dtype), "cuda"), random.choice(STRIDES)
+        if failure := variant.wrong(strided(inputs, how)):
+            failures.append(f"{case!r} in {dtype}, {how}: {failure}")
+    assert not failures, "\n".join(failures)
+
+
+@plain
+@pytest.mark.parametrize("how", STRIDES)
+def test_dense_keys_in_any_strides(variant: Variant, how: str) -> None:
+    inputs = strided(DENSE.inputs(torch.bfloat16, "cuda"), how)
+    assert variant.wrong(inputs) is None
+    first, first_lse = variant.run(inputs)
+    for _ in range(20):
+        out, lse = variant.run(inputs)
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
+
+
+@plain
+def test_graphs_of_dense_calls(variant: Variant) -> None:
+    """Two, each of a chain of calls, captured one after the other and replayed in the other order."""
+    inputs = DENSE.inputs(torch.bfloat16, "cuda")
+    q, kernel = inputs.q, variant.rung.__name__.rsplit(".", 1)[-1]
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            given = q
+            for _ in range(3):
+                given = attention(given, inputs.k, inputs.v, causal=True, kernel=kernel)
+            outs.append(given)
+    for _ in range(3):
+        expected = q.normal_()
+        for _ in range(3):
+            expected = attention(expected, inputs.k, inputs.v, causal=True, kernel=kernel)
+        for graph, out in reversed(list(zip(graphs, outs, strict=True))):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, expected)
 
 
 @variants

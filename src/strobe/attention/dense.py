@@ -6,7 +6,7 @@ import ctypes
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,9 @@ _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103:
 _THREADS_MAX = 1024
 GRID_MAX = 65535
 """The most blocks in a grid's second and third dimension."""
+captured: dict[Any, Any] = {}
+"""What rungs keep of dense calls while a CUDA graph is captured, in the graph's memory: as `Paged.scratch`,
+which such calls lack, of one graph at a time."""
 
 
 class Strides(ctypes.Structure):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from strobe.attention import ladder
+from strobe.attention import dense, ladder
 from strobe.attention.inputs import describe
 from strobe.attention.problem import Dense, Layout, Options, Packed, Paged
 from strobe.errors import ProblemError
@@ -91,7 +91,9 @@ def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple
         layout = Packed(cu_seqlens_q, cu_seqlens_kv, max_q_len, max_kv_len)
     options = Options(causal, tuple(window), scale, softcap, sinks, bias, layout, return_lse)
     out, lse = run(q, k, v, kernel, options)
-    if not isinstance(layout, Dense):
+    if isinstance(layout, Dense):
+        dense.captured.clear()  # torch.compile's graphs hold no memory but their own
+    else:
         layout.scratch.clear()  # its plans name the layout: both would wait for the collector
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 

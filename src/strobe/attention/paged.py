@@ -1,13 +1,15 @@
-"""What the kernels over a paged cache share: what they refuse, and their tiles."""
+"""What the kernels over a paged or dense cache share: what they refuse, and their tiles.
+
+Dense k and v are pages to them: a row is one, of its own number.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 from strobe.attention import dense
-from strobe.attention.problem import DECODE_MAX_Q_LEN, DTYPE_BYTES, AttentionProblem, Paged
+from strobe.attention.problem import DECODE_MAX_Q_LEN, DTYPE_BYTES, AttentionProblem, Dense, Packed, Paged
 from strobe.cuda import jit
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -20,10 +22,12 @@ _DTYPES = ("bfloat16", "float16")
 
 def refusals(problem: AttentionProblem) -> list[str]:
     reasons = []
-    if not problem.paged:
-        reasons.append("needs a paged cache")
-    elif not 1 <= problem.page_size <= MAX_PAGE_SIZE:
+    if isinstance(problem.layout, Packed):
+        reasons.append("k and v packed; supported: paged, dense")
+    elif problem.paged and not 1 <= problem.page_size <= MAX_PAGE_SIZE:
         reasons.append(f"page_size {problem.page_size}; supported: 1 to {MAX_PAGE_SIZE}")
+    elif not problem.paged and not problem.kv_len:
+        reasons.append("kv_len 0; supported: 1 and up where k and v are dense")
     if not fits(problem.arch):
         reasons.append(
             "needs an NVIDIA GPU with bulk copies and 227 KiB of shared memory a block (9.0, 10.x)"
@@ -45,8 +49,8 @@ class Tiles:
 
     A tile is `keys` keys of one key head; a block reads `heads` key heads side by side for
     `column_tiles` * 8 query rows of each, and each of its warps holds `stages` tiles of K and V.
-    `settled` is the layout's promise: lengths, page numbers and old keys are read before the kernel
-    ahead has ended.
+    `page_size` is 0 where k and v are dense. `settled` is the layout's promise: lengths, page numbers and old
+    keys are read before the kernel ahead has ended.
     """
 
     head_dim: int
@@ -129,17 +133,19 @@ def tiles(problem: AttentionProblem) -> Tiles:
         problem.softcap > 0,
         problem.sinks is not None,
         column_tiles=1 if rows <= 8 or problem.head_dim > 192 else 2,
-        settled=cast(Paged, problem.layout).settled,
+        settled=isinstance(problem.layout, Paged) and problem.layout.settled,
     )
 
 
-def example(batch: int, group: int, head_dim: int, dtype: str, kv_dtype: str | None) -> AttentionProblem:
-    """Of the kind that is compiled ahead: one query a row over pages of 16, 8 key heads."""
+def example(
+    batch: int, group: int, head_dim: int, dtype: str, kv_dtype: str | None, page_size: int = 16
+) -> AttentionProblem:
+    """Of the kind that is compiled ahead: one query a row over pages (0: dense), 8 key heads."""
     return AttentionProblem(
         *(batch, 1, 1, 8 * group, 8, head_dim, dtype),
         kv_dtype=kv_dtype,
-        layout=Paged(None, None),
-        page_size=16,
+        layout=Paged(None, None) if page_size else Dense(),
+        page_size=page_size,
     )
 
 

@@ -1,4 +1,4 @@
-"""How the kernels over a paged cache are launched: parameter, tensor maps, one launch for many calls."""
+"""How the kernels over a paged or dense cache are launched: parameter, maps, one launch for many calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -31,29 +31,30 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("batch", "segments", "q_len", "row_blocks", "table_stride")),
         *((name, ctypes.c_int) for name in ("left", "right")),
         *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_scale")),
-        ("table_columns", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("table_columns", "kv_len")),
     ]
 
     @classmethod
     def of(cls, problem: AttentionProblem, tiles: Tiles) -> Params:
         """What the problem and its layout decide: all but q, out, lse, sinks and `partials`."""
-        layout, scale = cast(Paged, problem.layout), problem.scale
+        layout, scale = problem.layout, problem.scale
         row_blocks = -(-problem.group * problem.q_len // tiles.columns)
         params = cls(
-            seq_lens=layout.seq_lens.data_ptr(),
-            page_table=layout.page_table.data_ptr(),
             batch=problem.batch,
             segments=problem.kv_heads // tiles.heads * row_blocks,
             q_len=problem.q_len,
             row_blocks=row_blocks,
-            table_stride=layout.page_table.stride(0),
             left=problem.window[0],
             right=problem.window[1],
             scale_log2=scale * _LOG2E,
             softcap_log2=problem.softcap * _LOG2E,
             softcap_scale=scale / problem.softcap if problem.softcap else 0.0,
-            table_columns=layout.page_table.shape[1],
+            kv_len=problem.kv_len,
         )
+        if not isinstance(layout, Paged):
+            return params
+        params.seq_lens, params.page_table = layout.seq_lens.data_ptr(), layout.page_table.data_ptr()
+        params.table_stride, params.table_columns = layout.page_table.stride(0), layout.page_table.shape[1]
         if layout.cu_seqlens_q is not None:
             params.cu_seqlens_q = layout.cu_seqlens_q.data_ptr()
         if layout.k_scale is not None and layout.v_scale is not None:
@@ -76,9 +77,9 @@ class PagedLaunch:
         scratch: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         self._tiles, self._params, self._scratch = tiles, params, scratch
-        self._sinks = problem.sinks
+        self._sinks, self._dense = problem.sinks, not problem.paged
         self._launch = launch([jit.TensorMap(), jit.TensorMap(), params])
-        self._maps: dict[tuple[str, int], jit.TensorMap] = {}
+        self._maps: dict[tuple[str, int], jit.TensorMap | None] = {}
         self._lock = Lock()
 
     def __call__(
@@ -89,15 +90,21 @@ class PagedLaunch:
         out: torch.Tensor,
         lse: torch.Tensor | None,
     ) -> None:
-        """k and v are pages, on 16 bytes and in strides of multiples of 16 bytes.
+        """Pages stand on 16 bytes, in strides of multiples of 16 bytes; dense k and v that do not are copied.
 
         Raises:
-            ProblemError: other strides.
+            ProblemError: pages in other strides.
         """
         params = self._params
         q, out = q.reshape(-1, *q.shape[-2:]), out.view(-1, *out.shape[-2:])
+        token, head, _ = q.stride()
+        if (token | head) % 2 or q.data_ptr() % 4:  # features are read in pairs
+            q = q.clone(memory_format=torch.contiguous_format)
         sinks = None if self._sinks is None else self._sinks.float().contiguous()
         k_map, v_map = self._map("k", k), self._map("v", v)
+        if k_map is None or v_map is None:
+            k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
+            k_map, v_map = tensor_map("k", k, self._tiles), tensor_map("v", v, self._tiles)
         with self._lock:
             params.q, params.out = q.data_ptr(), out.data_ptr()
             params.q_token_stride, params.q_head_stride, _ = q.stride()
@@ -112,14 +119,18 @@ class PagedLaunch:
             self._launch.point(1, ctypes.addressof(v_map))
             self._launch()
 
-    def _map(self, name: str, pages: torch.Tensor) -> jit.TensorMap:
+    def _map(self, name: str, pages: torch.Tensor) -> jit.TensorMap | None:
+        """None: dense, and not as bulk copies can read it."""
         key = name, pages.data_ptr()
-        found = self._maps.get(key)
-        if found is None:
-            found = tensor_map(name, pages, self._tiles)
-            if len(self._maps) >= _MAPS:
-                self._maps = {}
-            self._maps[key] = found
+        try:
+            return self._maps[key]
+        except KeyError:
+            pass
+        copied = self._dense and not _readable(pages)
+        found = None if copied else tensor_map(name, pages, self._tiles)
+        if len(self._maps) >= _MAPS:
+            self._maps = {}
+        self._maps[key] = found
         return found
 
 
@@ -130,8 +141,8 @@ def tensor_map(name: str, pages: torch.Tensor, tiles: Tiles) -> jit.TensorMap:
     """
     count, page_size, kv_heads, _ = pages.shape
     size = pages.element_size()
-    page, token, head = (stride * size for stride in pages.stride()[:3])
-    if any(stride % 16 for stride in (page, token, head)) or pages.data_ptr() % 16:
+    page, token, head = _bytes_apart(pages)
+    if not _readable(pages):
         raise ProblemError(
             f"{name}'s pages, tokens and heads are {page}, {token} and {head} bytes apart; "
             "supported: multiples of 16, on 16 bytes"
@@ -147,3 +158,17 @@ def tensor_map(name: str, pages: torch.Tensor, tiles: Tiles) -> jit.TensorMap:
         swizzle=tiles.swizzle,
         l2_promotion=0,
     )
+
+
+def _readable(pages: torch.Tensor) -> bool:
+    """Whether bulk copies can read them: on 16 bytes, in strides of multiples of 16, nothing expanded."""
+    return not pages.data_ptr() % 16 and all(apart and not apart % 16 for apart in _bytes_apart(pages))
+
+
+def _bytes_apart(pages: torch.Tensor) -> tuple[int, int, int]:
+    """Pages, tokens and heads. Of one alone any distance will do, but the driver checks it."""
+    page, token, head = (
+        stride * pages.element_size() if count > 1 else 16
+        for count, stride in zip(pages.shape[:3], pages.stride(), strict=False)
+    )
+    return page, token, head

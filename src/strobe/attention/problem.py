@@ -23,7 +23,7 @@ LARGEST = (1 << 31) - 1
 """The largest size: kernels count in 32 bits."""
 _LEAST = {"batch": 0, "q_len": 0, "kv_len": 0, "q_heads": 1, "kv_heads": 1, "head_dim": 1}
 DECODE_MAX_Q_LEN = 16
-"""Up to this many queries a row, a problem over a paged cache belongs to the decode ladder."""
+"""Up to this many queries a row, a problem belongs to the decode ladder, unless its keys are packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,8 +253,9 @@ class AttentionProblem:
 
     @property
     def phase(self) -> str:
-        """The ladder this problem belongs to: "decode" (few queries against a cache) or "prefill"."""
-        return "decode" if self.paged and self.q_len <= DECODE_MAX_Q_LEN else "prefill"
+        """The ladder this problem belongs to: "decode" (few queries a row) or "prefill"."""
+        packed = isinstance(self.layout, Packed)
+        return "decode" if self.q_len <= DECODE_MAX_Q_LEN and not packed else "prefill"
 
     def row_lengths(self) -> list[tuple[int, int]]:
         """`(q_len, kv_len)` of every row. Reads the lengths off the device where they live there."""

@@ -2,7 +2,7 @@
 // tensor cores. Keys and features are the 16 rows of m16n8k16, query rows (GROUP heads x q_len) its 8 columns,
 // so that a group of up to eight heads costs one product and nothing is padded further.
 //
-// Defines: HEAD_DIM, GROUP, PAGE_SIZE, COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads that a
+// Defines: HEAD_DIM, GROUP, PAGE_SIZE (0: dense), COLUMN_TILES (of 8 query rows), KEYS (a tile), HEADS (key heads that a
 // block reads side by side), WARPS, STAGES, scalar_t (of q and out), kv_t (of the cache: scalar_t, or u8 for
 // e4m3 with a scale a head), SOFTCAP, SINKS, SETTLED.
 #pragma once
@@ -21,7 +21,7 @@ struct Params {
   const scalar_t* q;
   scalar_t* out;
   float* lse;  // may be null
-  const int *seq_lens, *page_table, *cu_seqlens_q;
+  const int *seq_lens, *page_table, *cu_seqlens_q;  // DENSE: null
   const float* sinks;
   const float *k_scale, *v_scale;  // [kv_heads], or null: 1
   u8* partials;                    // cuda_paged: [blocks, KINDS] Partials, empty between launches, and a counter
@@ -30,6 +30,7 @@ struct Params {
   int batch, segments, q_len, row_blocks, table_stride, left, right;
   float scale_log2, softcap_log2, softcap_scale;
   int table_columns;
+  int kv_len;  // of dense rows
 };
 
 // The query rows of one key head of a segment. Row r is token r / GROUP of the sequence, head r % GROUP of the group.

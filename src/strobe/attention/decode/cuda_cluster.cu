@@ -1,4 +1,4 @@
-// Decode attention over a paged cache, one launch: a cluster of blocks for the query rows of each key head.
+// Decode attention over a paged or dense cache, one launch: a cluster of blocks for the query rows of each key head.
 //
 //   1. deal     tile i of a row goes to warp i % WARPS of block i / WARPS % SIZE of its cluster. Which pages a
 //               warp begins with does not depend on the row's length, so that length and page numbers are
@@ -57,7 +57,7 @@ struct Parts {
 struct DealtTiles {
   const int* pages;  // of the row
   int columns;       // of the page table
-  int kv_len, q_len, head;
+  int row, kv_len, q_len, head;
   int first_tile;  // of the segment: tiles are counted from it
   int end, step;
 
@@ -67,10 +67,10 @@ struct DealtTiles {
   // The run of a tile that begins `offset` keys into it, if there are keys. The page number is asked for before
   // kv_len is known.
   __device__ __forceinline__ void find(Run& run, int tile, int offset) const {
-    const int key = (first_tile + tile) * KEYS + offset, column = key / PAGE_SIZE;
-    const int page = column < columns ? pages[column] : -1;
+    const int key = (first_tile + tile) * KEYS + offset, column = key / PAGE;
+    const int page = DENSE ? row : column < columns ? pages[column] : -1;
     run.page = key < kv_len ? page : -1;
-    run.token = key % PAGE_SIZE;
+    run.token = DENSE ? key : key % PAGE;
     run.head = head;
     run.fresh = key + TileShape::RUN > kv_len - q_len;
   }
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
 
   Segment s;
   s.row = row, s.head = blockIdx.y;
-  s.kv_len = p.seq_lens[row];
+  s.kv_len = Lengths{p.seq_lens, p.kv_len}[row];
   s.q_start = p.cu_seqlens_q ? p.cu_seqlens_q[row] : row * p.q_len;
   s.q_len = p.cu_seqlens_q ? p.cu_seqlens_q[row + 1] - s.q_start : p.q_len;
   const int first_tile = WINDOWED ? Window{p.left}.first_tile(s.kv_len, s.q_len) : 0;
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     cluster_wait();
     return;
   }
-  const DealtTiles tiles{pages, p.table_columns, s.kv_len, s.q_len, rows.kv_head, first_tile, s.end, step};
+  const DealtTiles tiles{pages, p.table_columns, row, s.kv_len, s.q_len, rows.kv_head, first_tile, s.end, step};
   DealtStream stream{
       {tiles, k_map, v_map, dynamic + warp * STAGES * 2 * TileShape::BYTES, shared.full[warp], begin}};
   stream.start();

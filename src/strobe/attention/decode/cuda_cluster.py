@@ -141,7 +141,7 @@ def run(
 
 def sources(arch: str) -> list[jit.Source]:
     """One query a row over pages of 16: bfloat16 at every head_dim and the common groups at 128, and a float8
-    cache at 128 and, whose rows are not swizzled, at 80."""
+    cache at 128 and, whose rows are not swizzled, at 80; dense at 128."""
     if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
@@ -149,5 +149,7 @@ def sources(arch: str) -> list[jit.Source]:
         *((1, group, 128, "bfloat16", None) for group in (1, 8, 16)),
         *((1, 4, head_dim, "bfloat16", paged.FP8) for head_dim in (80, 128)),
     )
-    shapes = dict.fromkeys(replace(choose_shape(paged.example(*each)), cluster=1) for each in examples)
+    dense_examples = (paged.example(1, group, 128, "bfloat16", None, page_size=0) for group in (1, 4))
+    problems = (*(paged.example(*each) for each in examples), *dense_examples)
+    shapes = dict.fromkeys(replace(choose_shape(problem), cluster=1) for problem in problems)
     return [source(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-// Decode attention over a paged cache, one launch: read every key and value once, as fast as memory gives them.
+// Decode attention, one launch: read every key and value of a paged or dense cache once, as fast as memory gives them.
 //
 //   1. plan      every block reads the lengths and takes its even share of all tiles (work_list.cuh)
 //   2. stream    every warp keeps STAGES tiles on their way into its own ring (tile_stream.cuh)
@@ -42,8 +42,8 @@ struct ListedTiles {
     const Segment s = work.segment(tile);
     const int key = s.first_key + (tile - s.begin) * KEYS + offset;
     if (key < s.kv_len) {
-      run.page = page_table[i64(s.row) * table_stride + key / PAGE_SIZE];
-      run.token = key % PAGE_SIZE;
+      run.page = DENSE ? s.row : page_table[i64(s.row) * table_stride + key / PAGE];
+      run.token = DENSE ? key : key % PAGE;
       run.head = (row_blocks == 1 ? s.head : s.head / row_blocks) * HEADS + threadIdx.x / 32 % HEADS;
       run.fresh = key + TileShape::RUN > s.kv_len - s.q_len;
     }
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(const __grid_con
   int& number = tables[2 * p.batch + 1];
   take_number(p, number);
   WorkList work{p.batch, p.segments, p.q_len, {p.left}, p.cu_seqlens_q, tables, tables + p.batch + 1};
-  work.plan(p.seq_lens, gridDim.x, shared.scratch);
+  work.plan(Lengths{p.seq_lens, p.kv_len}, gridDim.x, shared.scratch);
   const u32 block = number;
   if (!SETTLED) grid_launch_dependents();  // once all blocks are numbered
   if (block >= work.workers) return;

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from strobe.attention import paged
+from strobe.attention import dense, paged
 from strobe.attention.paged_launch import PagedLaunch, Params
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cuda import driver, jit
@@ -94,7 +94,7 @@ def prepare(
     shape: Shape | None = None,
 ) -> PagedLaunch:
     """`run` of this problem, for tensors like these."""
-    device, layout = q.get_device(), cast(Paged, problem.layout)
+    device = q.get_device()
     sms = min(_MOST_BLOCKS, gpu(device).sm_count)
     shape = shape or choose_shape(problem, sms)
     params = Params.of(problem, shape)
@@ -110,8 +110,9 @@ def prepare(
             programmatic=True,
         )
 
-    where = q.device
-    return PagedLaunch(problem, shape, params, launch, lambda: _partials(layout, where, shape, blocks))
+    where, layout = q.device, problem.layout
+    captured = layout.scratch if isinstance(layout, Paged) else dense.captured
+    return PagedLaunch(problem, shape, params, launch, lambda: _partials(captured, where, shape, blocks))
 
 
 def run(
@@ -129,7 +130,7 @@ def run(
 
 def sources(arch: str) -> list[jit.Source]:
     """One query a row over pages of 16: bfloat16 at every head_dim, the common groups at 128, a large
-    batch, float16, and a float8 cache at 128 and, whose rows are not swizzled, at 80."""
+    batch, float16, and a float8 cache at 128 and, whose rows are not swizzled, at 80; dense at 128."""
     if not paged.fits(jit.arch_number(arch)):
         return []
     examples = (
@@ -140,28 +141,32 @@ def sources(arch: str) -> list[jit.Source]:
         *((batch, 4, 128, "bfloat16", paged.FP8) for batch in (1, 64)),
         (1, 4, 80, "bfloat16", paged.FP8),
     )
-    shapes = dict.fromkeys(choose_shape(paged.example(*each)) for each in examples)
+    dense_examples = (paged.example(1, group, 128, "bfloat16", None, page_size=0) for group in (1, 4))
+    problems = (*(paged.example(*each) for each in examples), *dense_examples)
+    shapes = dict.fromkeys(map(choose_shape, problems))
     return [source(shape) for shape in shapes]
 
 
 _per_stream: dict[Any, torch.Tensor] = {}
 
 
-def _partials(layout: Paged, where: torch.device, shape: Shape, blocks: int) -> torch.Tensor:
+def _partials(captured: dict[Any, Any], where: torch.device, shape: Shape, blocks: int) -> torch.Tensor:
     """Room for the blocks' partials and the counter that numbers them, which every launch leaves as it found
     them: all bits one, or for the counter where the next launch of as many blocks begins.
 
-    One a stream, so that launches on several do not meet. A CUDA graph under capture gets its own, kept
-    with the layout: the graph empties it, and it lives in the graph's memory. No other graph may use it,
-    which could be replayed before this one and would find it unwritten.
+    One a stream, so that launches on several do not meet. A CUDA graph under capture gets its own, kept in
+    `captured`: the graph empties it, and it lives in the graph's memory. No other graph may use it, which
+    could be replayed before this one and would find it unwritten.
     """
     size = 3 * blocks * shape.partial_bytes + 16  # KINDS of partials.cuh
     kept: dict[Any, torch.Tensor] = _per_stream
     stream = torch.cuda.current_stream(where).cuda_stream
     key: Any = (where, stream, size, blocks)
     if torch.cuda.is_current_stream_capturing():
-        kept, key = layout.scratch, ("cuda_paged", _capture_id(stream), size, blocks)
+        kept, key = captured, ("cuda_paged", _capture_id(stream), size, blocks)
     if key not in kept:
+        if kept is dense.captured and any(other[1] != key[1] for other in kept):
+            kept.clear()
         kept[key] = torch.full((size,), 0xFF, dtype=torch.uint8, device=where)
     return kept[key]
 

@@ -1,6 +1,6 @@
 // The keys that a block of query rows sees in HEADS neighbouring key heads, as tiles of KEYS keys.
 //
-// Defines: KEYS, HEADS, WARPS.
+// Defines: KEYS, HEADS, WARPS; PAGE_SIZE, 0 where k and v are dense: a row is a page, whose number is the row's.
 #pragma once
 
 #include "types.cuh"
@@ -16,6 +16,17 @@ __device__ __forceinline__ u32 divide(u32 a, u32 b) {
   if (rest >= int(b)) ++quotient;
   return quotient;
 }
+
+constexpr bool DENSE = PAGE_SIZE == 0;
+constexpr int PAGE = DENSE ? 1 : PAGE_SIZE;
+
+// Keys of each row.
+struct Lengths {
+  const int* seq_lens;
+  int dense;
+
+  __device__ __forceinline__ int operator[](int row) const { return DENSE ? dense : seq_lens[row]; }
+};
 
 struct Segment {
   int row, head;   // head counts groups of HEADS key heads times blocks of query rows

@@ -1,4 +1,4 @@
-// One warp's stream of key and value tiles out of a paged cache.
+// One warp's stream of key and value tiles out of a paged cache, or a dense one.
 //
 // Each warp feeds itself: its own ring of STAGES tiles in shared memory, its own barriers, copies started
 // by its own lanes, so that warps never wait for one another and the memory sees WARPS * STAGES tiles in
@@ -27,7 +27,7 @@ struct TileShape {
   // 16 bytes: not swizzled. Rows of 80 need not be: eight of a run meet different banks.
   static constexpr int SPAN_BYTES =
       ROW_BYTES % 128 == 0 ? 128 : ROW_BYTES % 64 == 0 ? 64 : ROW_BYTES % 32 == 0 ? 32 : 16;
-  static constexpr int RUN = gcd(PAGE_SIZE, KEYS);
+  static constexpr int RUN = gcd(PAGE_SIZE, KEYS);  // DENSE: what lies past the last key arrives as zeros
   static constexpr int RUNS = KEYS / RUN;
   static constexpr int RUN_BYTES = RUN * ROW_BYTES;                  // what a copy brings
   static constexpr int RUN_PITCH = (RUN_BYTES + 127) / 128 * 128;    // copies start on 128 bytes

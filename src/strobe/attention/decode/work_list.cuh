@@ -7,7 +7,7 @@
 //
 // The lengths are read on the device, by every block for itself.
 //
-// Defines: KEYS, HEADS, WARPS.
+// Defines: as segment.cuh.
 #pragma once
 
 #include "segment.cuh"
@@ -28,14 +28,14 @@ struct WorkList {
   u32 each, part;
 
   // Read the lengths and cut the list. `scratch` is shared, an int a warp. All threads call it.
-  __device__ __forceinline__ void plan(const int* seq_lens, u32 most_workers, int* scratch) {
+  __device__ __forceinline__ void plan(const Lengths& lengths, u32 most_workers, int* scratch) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int before = 0;
     for (int first = 0; first < batch; first += THREADS) {
       const int row = first + threadIdx.x;
       int mine = 0;
       if (row < batch) {
-        kv_lens[row] = seq_lens[row];
+        kv_lens[row] = lengths[row];
         mine = tiles(kv_lens[row], row_q_len(row));
       }
       int upto = mine;
