@@ -13,7 +13,7 @@ import pytest
 import torch
 from cuda_emulator import emulated_gpu
 
-from strobe.attention import ladder
+from strobe.attention import attention, ladder
 from strobe.attention.cases import CORRECTNESS, Case
 from strobe.attention.check import verdict
 from strobe.attention.ladder import Rung
@@ -48,6 +48,27 @@ def test_case_table(rung: Rung, wrong: Callable[..., str | None], request: pytes
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for head_dim in (48, 64, 96, 128, 256):
             check(rung, [replace(case, head_dim=head_dim) for case in CORRECTNESS], dtype, wrong)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged_packed"])
+@pytest.mark.parametrize("kernel", ["cuda_async", "cuda_hopper"])
+def test_calls_like_one_before_run_on_their_own_tensors(kernel: str, layout: str) -> None:
+    """What was packed for the first call serves others at other addresses, also at odd ones."""
+    case = Case("alike", ((70, 90),) * 2, layout=layout, causal=True, softcap=9.0, sinks=True)
+    inputs = case.inputs(torch.bfloat16)
+    with emulated_gpu(2):
+        for shifted in (0, 0, 1, 0):
+            q, k, v = (moved(torch.randn_like(x), shifted) for x in (inputs.q, inputs.k, inputs.v))
+            out, lse = attention(q, k, v, **inputs.options, kernel=kernel, return_lse=True)
+            problem = replace(inputs.problem, device="cuda", arch=90)
+            judged = verdict(problem, q, k, v, out, lse)
+            assert judged.right, f"{shifted} elements off: {judged}"
+
+
+def moved(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same numbers, so many elements past an address that vectors are read from."""
+    room = torch.empty(x.numel() + elements, dtype=x.dtype)[elements:]
+    return room.view(x.shape).copy_(x)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from strobe.attention import dense
+from strobe.attention.plan import Run, contiguous_strides
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
 from strobe.cuda import jit, needs
 from strobe.device import gpu
@@ -127,20 +129,70 @@ def run(
     lse: torch.Tensor | None,
     tile: Tile | None = None,
 ) -> None:
-    tile = tile or choose_tile(problem.head_dim, problem.arch)
-    attend = jit.kernel(_SOURCE, "attend", defines(problem, tile), q.get_device())
-    q, k, v = dense.aligned(q), dense.aligned(k), dense.aligned(v)
-    sinks = None if problem.sinks is None else problem.sinks.float().contiguous()
-    room = dense.aligned(out)
-    params = _params(problem, tile, q, k, v, room, lse, sinks)
-    attend(
-        grid=params.q_tiles * params.sequences,
-        block=32 * tile.warps,
-        args=params,
-        shared_bytes=tile.shared_bytes(problem.head_dim),
-    )
+    q, k, v, room = map(dense.aligned, (q, k, v, out))
+    sinks = _float_sinks(problem)
+    launch = _packed(problem, tile, (q, k, v, room), sinks, (0, 0) if lse is None else lse.stride())
+    _point(launch.args[0], q, k, v, room, lse)
+    launch()
     if room is not out:
         out.copy_(room)
+
+
+def prepare(problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Run:
+    """`run` of this problem for tensors like these: all but their addresses is packed once."""
+    anew, sinks = partial(run, problem), _float_sinks(problem)
+    if sinks is not problem.sinks or any(dense.aligned(x) is not x for x in (q, k, v)):
+        return anew
+    out = torch.empty(q.shape, dtype=q.dtype, device="meta")
+    lse_strides = contiguous_strides(problem.lse_shape(q.shape[0]))
+    launch, lock = _packed(problem, None, (q, k, v, out), sinks, lse_strides), Lock()
+    params = launch.args[0]
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr()) % 16:
+            anew(q, k, v, out, lse)
+            return
+        with lock:
+            _point(params, q, k, v, out, lse)
+            launch()
+
+    return call
+
+
+def _float_sinks(problem: AttentionProblem) -> torch.Tensor | None:
+    return None if problem.sinks is None else problem.sinks.float().contiguous()
+
+
+def _point(
+    params: _Params,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    params.lse = None if lse is None else lse.data_ptr()
+
+
+def _packed(
+    problem: AttentionProblem,
+    tile: Tile | None,
+    like: tuple[torch.Tensor, ...],
+    sinks: torch.Tensor | None,
+    lse_strides: tuple[int, ...],
+) -> jit.Launch:
+    """The launch for q, k, v and out like these, but for their addresses and lse's."""
+    tile, device = tile or choose_tile(problem.head_dim, problem.arch), like[0].get_device()
+    params = _params(problem, tile, like, sinks, lse_strides)
+    return jit.kernel(_SOURCE, "attend", defines(problem, tile), device).prepare(
+        params.q_tiles * params.sequences,
+        32 * tile.warps,
+        params,
+        shared_bytes=tile.shared_bytes(problem.head_dim),
+    )
 
 
 _RESERVED_BYTES = 1024
@@ -205,40 +257,30 @@ def sources(arch: str) -> list[jit.Source]:
 def _params(
     problem: AttentionProblem,
     tile: Tile,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
+    like: tuple[torch.Tensor, ...],
     sinks: torch.Tensor | None,
+    lse_strides: tuple[int, ...],
 ) -> _Params:
-    layout = problem.layout
+    """Addresses of q, k, v, out and lse are to come."""
+    layout, k = problem.layout, like[1]
     sequences = problem.batch * problem.kv_heads
     sequence_bytes = 2 * k.element_size() * max(1, problem.kv_len) * problem.head_dim
     left, right = problem.bounds
     params = _Params(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        q_strides=_Strides.of(q),
-        k_strides=_Strides.of(k),
-        v_strides=_Strides.of(v),
-        out_strides=_Strides.of(out),
+        **{f"{name}_strides": _Strides.of(x) for name, x in zip(("q", "k", "v", "out"), like, strict=True)},
+        lse_batch_stride=0 if problem.packed_q else lse_strides[0],
+        lse_head_stride=lse_strides[-2],
         q_len=problem.q_len,
         kv_len=problem.kv_len,
         kv_heads=problem.kv_heads,
         q_tiles=-(-problem.q_len * problem.group // tile.q),
         sequences=sequences,
-        section=min(sequences, max(1, gpu(q.get_device()).l2_cache // 4 // sequence_bytes)),
+        section=min(sequences, max(1, gpu(k.get_device()).l2_cache // 4 // sequence_bytes)),
         left=left,
         right=right,
         scale_log2=(problem.softcap or problem.scale) * math.log2(math.e),
         softcap_scale=problem.scale / problem.softcap if problem.softcap else 0.0,
     )
-    if lse is not None:
-        params.lse, params.lse_head_stride = lse.data_ptr(), lse.stride(-2)
-        params.lse_batch_stride = 0 if problem.packed_q else lse.stride(0)
     if sinks is not None:
         params.sinks = sinks.data_ptr()
     if isinstance(layout, (Packed, Paged)) and layout.cu_seqlens_q is not None:
