@@ -77,7 +77,7 @@ def test_numba_is_loaded_with_the_first_kernel_and_not_before():
         "import sys, torch, strobe.engine\n"
         "from strobe.linear import Projection, empty_weight, ladder\n"
         "from strobe.linear.problem import LinearProblem\n"
-        "ladder.explain(LinearProblem(1, 8, 8, 'float32'))\n"
+        "ladder.choose(LinearProblem(1, 8, 8, 'float32'))\n"
         "print('numba' in sys.modules)\n"
         "weight = empty_weight(8, 8, device='cpu', dtype=torch.float32).fill_(1.0)\n"
         "Projection(weight)(torch.ones(1, 8))\n"

@@ -96,8 +96,3 @@ def choose(problem: LinearProblem, kernel: str = "auto") -> tuple[Rung, LinearPr
                 return rung, run
         refused.append(f"linear kernel {rung.name!r} refuses ({problem.plain}): {'; '.join(reasons)}")
     raise KernelRefusedError("; ".join(refused), hint="kernel='auto' takes one that fits")
-
-
-def explain(problem: LinearProblem) -> dict[str, list[str]]:
-    """Every rung's refusals of `problem`, by name; an empty list means that it would run."""
-    return {name: rung.refusals(problem) for name, rung in RUNGS.items()}
