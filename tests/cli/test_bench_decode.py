@@ -53,6 +53,14 @@ def test_mixed_lengths(cli: Cli) -> None:
     assert 500 + 3 * 64 <= case["kv_tokens"] < 4 * 500
 
 
+def test_a_dense_cache(cli: Cli) -> None:
+    dense = (*SMALL, "--batch", "2", "--context", "77", "--page-size", "0", "-k", "torch_naive")
+    (row,) = json.loads(cli(*dense, "--json").out)["rows"]
+    assert (row["case"]["q_len"], row["case"]["kv_len"], row["checked"]) == (1, 77, True)
+    assert "page_size" not in row["case"]
+    assert "one length" in cli(*dense, "--mixed").error
+
+
 def test_nothing_that_runs_is_told(cli: Cli) -> None:
     assert "nothing runs" in cli(*SMALL, "--float8", "--no-append").error
 

@@ -222,10 +222,10 @@ def prefill_shape(batch: int, seq: int, q_heads: int, kv_heads: int, head_dim: i
 def decode_shape(
     batch: int, kv_len: int, q_heads: int, kv_heads: int, head_dim: int, page_size: int = 16
 ) -> Case:
-    """A benchmark shape of one new token a row over a paged cache."""
+    """A benchmark shape of one new token a row over a cache in pages, or a dense one (0)."""
     name = f"b{batch}_kv{kv_len}_h{q_heads}_{kv_heads}_d{head_dim}_p{page_size}"
-    rows = _uniform(batch, 1, kv_len)
-    return Case(name, rows, q_heads, kv_heads, head_dim, "paged", page_size, causal=True)
+    case = Case(name, _uniform(batch, 1, kv_len), q_heads, kv_heads, head_dim, causal=True)
+    return replace(case, layout="paged", page_size=page_size) if page_size else case
 
 
 PREFILL_BENCH: tuple[Case, ...] = (

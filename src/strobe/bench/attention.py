@@ -76,6 +76,8 @@ def of_rung(
         return call
 
     def refusals(problem: AttentionProblem) -> list[str]:
+        if settled and not problem.paged:
+            return ["settled layouts are paged"]
         reasons = rung.refusals(problem)
         return reasons if tile is None else [*reasons, *rung.module.refusals_for_tile(problem, tile)]
 

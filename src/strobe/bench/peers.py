@@ -123,7 +123,7 @@ def _make_fa3(forward: Any, inputs: Inputs) -> Call:
         "is_causal": problem.masked,
         "window_size_left": -1,
         "window_size_right": -1,
-        "num_splits": 1,
+        "num_splits": 0 if problem.phase == "decode" else 1,  # 0: as it likes
     }
     if isinstance(layout, Paged):
         pages = layout.page_table.clamp_max(inputs.k.shape[0] - 1)

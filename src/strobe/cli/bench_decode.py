@@ -1,4 +1,4 @@
-"""`strobe bench decode`: attention over a paged cache, against the bytes that it must read."""
+"""`strobe bench decode`: attention of few queries over a cache, against the bytes that it must read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decode(
     heads: shared.Heads = 32,
     kv_heads: shared.KvHeads = None,
     head_dim: shared.HeadDim = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 16,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page; 0 for a dense cache.")] = 16,
     float8: Annotated[bool, typer.Option("--float8", help="A float8 cache, with a scale a head.")] = False,
     append: Annotated[
         bool, typer.Option("--append/--no-append", help="Time the rotation and the append too.")
@@ -75,7 +75,7 @@ def decode(
     chosen = shared.providers("decode", kernel, vs)
     rows, roof = shared.measure(cases, chosen, dtype, where, kernel=kernel)
     tokens = bench.APPENDED if suite is not None else (batch * q_len,)
-    if append:
+    if append and page_size:
         rows += append_bench.measure(shape, tokens, torch_dtype(dtype), where)
     if plot is not None:
         result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
@@ -97,6 +97,8 @@ def _cases(shape: Case, batch: int, context: str, mixed: bool, q_len: int, float
 
     if batch < 1 or q_len < 1:
         raise StrobeError(f"batch {batch}, q_len {q_len}; supported: 1 and up")
+    if mixed and shape.layout == "dense":
+        raise StrobeError("--mixed with --page-size 0; supported: pages", hint="dense rows are of one length")
     found = []
     for length in map(shared.length, context.split(",")):
         case = replace(shape, name=f"{shape.name}@{length}", rows=((1, length),) * batch)
