@@ -179,6 +179,18 @@ def test_plans_are_bounded(described: list[Options], monkeypatch: pytest.MonkeyP
         assert len(plan._dense) <= 5
 
 
+def test_plans_of_a_layout_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks that are made anew for each call are other options each time, and a plan holds them."""
+    monkeypatch.setattr(plan, "MOST", 4)
+    q, k, v = qkv(1)
+    layout = Paged(torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32))
+    for _ in range(11):
+        attention(q, k, v, layout=layout, sinks=torch.randn(4))
+    held = [kept for kept in layout.scratch.values() if isinstance(kept, dict)]
+    assert len(layout.scratch) < 8
+    assert [1 <= len(kept) <= 4 for kept in held] == [True]
+
+
 def test_what_is_refused_stays_refused(described: list[Options]) -> None:
     q, k, v = qkv()
     for _ in range(2):

@@ -36,7 +36,10 @@ _Again = tuple[Callable[..., bool], int | None, Call]
 """Whether tensors are alike, the GPU that must be current, the call."""
 
 MOST = 1024
-"""Plans kept of dense calls; then all are dropped, and made again as they are met."""
+"""Plans kept of dense calls, and with each layout; then all are dropped, and made again as they are met."""
+
+_PLANS, _WRITTEN = "plan: plans", "plan: written"
+"""Where a layout's scratch has its plans, and what they were made from."""
 
 
 @dataclass(eq=False)
@@ -59,7 +62,7 @@ def recent(
     shapes and strides into a key.
     """
     try:
-        found = _recent[asked] if layout is None else layout.scratch[asked]
+        found = (_recent if layout is None else layout.scratch[_PLANS])[asked]
     except (KeyError, TypeError, AttributeError):  # new, without a hash, or no layout with plans
         return None
     for alike, gpu, call in found:
@@ -85,16 +88,16 @@ def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: 
     if isinstance(layout, Dense):
         options = options._replace(layout=None)
     elif layout is not None:
-        kept = getattr(layout, "scratch", {})
         if isinstance(layout, (Packed, Paged)) and q.device.type == "cpu":
             _follow(layout)
+        kept = getattr(layout, "scratch", {}).setdefault(_PLANS, {})
     kinds = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
     key = kernel, options, kinds, q.stride(), k.stride(), v.stride()
     try:
         found = kept[key]
     except (KeyError, TypeError):  # new, or an argument without a hash: `describe` refuses those
         found = _make(q, k, v, kernel, options)
-        if kept is _dense and len(kept) >= MOST:
+        if len(kept) >= MOST:
             kept.clear()
         kept[key] = found
     if kept is _dense or q.device.type == "cuda":  # on a CPU a layout is followed at each call
@@ -123,8 +126,10 @@ def _remember(
         if alike is None:
             return
         plan.again = alike, q.get_device() if q.device.type == "cuda" else None, _call(plan, q)
-    kept = options.layout.scratch if isinstance(options.layout, (Packed, Paged)) else _recent
-    if kept is _recent and len(kept) >= MOST:
+    kept = _recent
+    if isinstance(options.layout, (Packed, Paged)):
+        kept = options.layout.scratch.setdefault(_PLANS, {})
+    if len(kept) >= MOST:
         kept.clear()
     asked: tuple[Any, ...] = (kernel, *options)
     kept[asked] = (plan.again, *(each for each in kept.get(asked, ()) if each is not plan.again))[:RECENT]
@@ -191,9 +196,6 @@ def _follow(layout: Packed | Paged) -> None:
     if layout.scratch.get(_WRITTEN) != written:
         layout.scratch.clear()
         layout.scratch[_WRITTEN] = written
-
-
-_WRITTEN = "plan: written"
 
 
 def _make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: str, options: Options) -> Plan:
