@@ -237,12 +237,10 @@ PREFILL_BENCH: tuple[Case, ...] = (
     ),
     prefill_shape(1, 8192, 32, 8, 128, True),
     prefill_shape(4, 2048, 32, 32, 128, True),
-    *(prefill_shape(1, seq, 32, 8, 128, True) for seq in (512, 1024, 2048)),
-    prefill_shape(32, 512, 16, 16, 128, True),
 )
 SMALL_BENCH: tuple[Case, ...] = (
-    *PREFILL_BENCH[-4:],
-    prefill_shape(32, 512, 16, 16, 128, False),
+    *(prefill_shape(1, seq, 32, 8, 128, True) for seq in (512, 1024, 2048)),
+    *(prefill_shape(32, 512, 16, 16, 128, causal) for causal in (True, False)),
     *(
         Case(
             f"b1_q512_kv8192_h32_8_d128_{layout}{size}", ((512, 8192),), 32, 8, 128, layout, size, causal=True
