@@ -34,7 +34,7 @@ from strobe.bench.results import Result
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
-SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 2, "test_decode_rungs": 3}
+SPLIT = {"test_prefill_rungs": 8, "test_cuda_hopper": 4, "test_decode_rungs": 3}
 """Files that take longer than the others, and among how many processes each is dealt."""
 OPS = {"test_cache_ops": 1, "test_linear_rungs": 6, "test_projected_append": 3, "test_sampling": 1}
 """Tests of what is no rung of attention, which the sanitizer watches: among how many processes."""
