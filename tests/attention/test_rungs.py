@@ -53,6 +53,25 @@ def test_every_case_is_right_or_refused(rung: ladder.Rung, dtype: str) -> None:
         assert ran >= (10 if rung in ladder.PREFILL else 5)
 
 
+@pytest.mark.parametrize("rung", CPU_RUNGS, ids=str)
+def test_float64_is_computed_in_float64_or_refused(rung: ladder.Rung) -> None:
+    cases = [
+        Case("dense", ((40, 150),), causal=True, softcap=9.0, sinks=True),
+        Case("plain", ((40, 150),), window=(60, 3)),
+        Case("step", ((1, 150), (1, 9)), layout="paged"),
+    ]
+    for case in cases:
+        inputs = case.inputs(torch.float64, seed=torch.seed() % 2**31)
+        with_lse = not rung.refusals(replace(inputs.problem, return_lse=True))
+        if rung.refusals(replace(inputs.problem, return_lse=with_lse)):
+            continue
+        out, lse = poisoned_run(rung, inputs, with_lse)
+        expected, expected_lse = oracle.attention(inputs.problem, inputs.q, inputs.k, inputs.v)
+        np.testing.assert_allclose(out, expected, atol=1e-12)
+        if lse is not None:
+            np.testing.assert_allclose(lse, expected_lse, atol=1e-6)
+
+
 @pytest.mark.parametrize("head_dim", [1, 40, 80, 128, 257])
 def test_odd_head_dims(head_dim: int) -> None:
     case = Case("odd_head_dim", ((33, 70),), q_heads=6, kv_heads=2, head_dim=head_dim, causal=True)

@@ -2,8 +2,8 @@
 
 `max|out - oracle| <= 2 * max|plain - oracle| + atol`, where `plain` is matmul, softmax, matmul with
 every intermediate in the problem's dtype, and atol is twice the rounding of that dtype at the
-oracle's scale (for float32 and float64 six times, and from 36 keys on sqrt(kv_len) times). lse within
-1e-3 for 16-bit inputs, 1e-4 for float32.
+oracle's scale (for float32 and float64 six times, and from 36 keys on sqrt(kv_len) times). lse, float32
+always, within 1e-3 for 16-bit inputs, 1e-4 for float32, 1e-5 for float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from strobe.attention.problem import AttentionProblem
 from strobe.attention.rows import Row, rows_of
 
-_LSE_ATOL = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-3}
+_LSE_ATOL = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-3}
 _MAX_QUERIES = 192
 """Queries checked in each row of a large problem: its first, its last, and a random draw between."""
 
@@ -100,9 +100,7 @@ class Answers:
         finfo = torch.finfo(getattr(torch, problem.dtype))
         spacings = 1 if finfo.bits == 16 else max(3.0, math.sqrt(problem.kv_len) / 2)
         allowed = 2 * self.plain_error + spacings * finfo.eps * max(scale, 1e-6)
-        return Verdict(
-            error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(problem, lse))
-        )
+        return Verdict(error, allowed, lse_error, _LSE_ATOL[problem.dtype] * max(1.0, _lse_scale(lse)))
 
 
 def verdict(
@@ -122,9 +120,9 @@ def verdict(
     return Answers.of(problem, q, k, v, seed).verdict(out, lse)
 
 
-def _lse_scale(problem: AttentionProblem, lse: torch.Tensor | None) -> float:
+def _lse_scale(lse: torch.Tensor | None) -> float:
     """float32 holds an lse in the hundreds to 3e-5 only: the bound grows with it from 100 on."""
-    if lse is None or problem.dtype == "float64":
+    if lse is None:
         return 1.0
     finite = lse[lse.isfinite()]
     return float(finite.abs().max()) / 100 if finite.numel() else 1.0

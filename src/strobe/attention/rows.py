@@ -96,6 +96,18 @@ class Head:
             target.copy_(torch.from_numpy(np.ascontiguousarray(head_lse)))
 
 
+def numpy_refusals(problem: AttentionProblem) -> list[str]:
+    """Why the rungs that loop over `numpy_heads` cannot run this."""
+    reasons = []
+    if problem.device != "cpu":
+        reasons.append("runs on the CPU only")
+    if problem.dtype == "float64":
+        reasons.append("works in float32; dtype is float64")
+    if problem.softcap or problem.sinks is not None:
+        reasons.append("no softcap, no sinks")
+    return reasons
+
+
 def numpy_heads(
     problem: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[Head]:

@@ -25,19 +25,14 @@ import numpy as np
 
 from strobe.attention.oracle import visible
 from strobe.attention.problem import AttentionProblem
-from strobe.attention.rows import numpy_heads
+from strobe.attention.rows import numpy_heads, numpy_refusals
 
 IDEA = "the keys in tiles with a running maximum and sum: memory linear in the length"
 Q_TILE, K_TILE = 64, 64
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.device != "cpu":
-        reasons.append("runs on the CPU only")
-    if problem.softcap or problem.sinks is not None:
-        reasons.append("no softcap, no sinks")
-    return reasons
+    return numpy_refusals(problem)
 
 
 def run(problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:

@@ -8,18 +8,13 @@ import numpy as np
 
 from strobe.attention.oracle import visible
 from strobe.attention.problem import AttentionProblem
-from strobe.attention.rows import numpy_heads
+from strobe.attention.rows import numpy_heads, numpy_refusals
 
 IDEA = "scores, softmax, weighted sum: three NumPy lines a head"
 
 
 def refusals(problem: AttentionProblem) -> list[str]:
-    reasons = []
-    if problem.device != "cpu":
-        reasons.append("runs on the CPU only")
-    if problem.softcap or problem.sinks is not None:
-        reasons.append("no softcap, no sinks")
-    return reasons
+    return numpy_refusals(problem)
 
 
 def run(problem: AttentionProblem, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:

@@ -28,9 +28,10 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
+    dtype = _working(q)
     for row in rows_of(problem, q, k, v):
-        row_out = q.new_empty((problem.q_heads, len(row.q), problem.head_dim), dtype=torch.float32)
-        row_lse = q.new_empty((problem.q_heads, len(row.q)), dtype=torch.float32)
+        row_out = q.new_empty((problem.q_heads, len(row.q), problem.head_dim), dtype=dtype)
+        row_lse = q.new_empty((problem.q_heads, len(row.q)), dtype=dtype)
         for start in range(0, len(row.q), Q_TILE):
             tile = slice(start, start + Q_TILE)
             row_out[:, tile], row_lse[:, tile] = _query_tile(problem, row, tile)
@@ -44,17 +45,18 @@ def _query_tile(problem: AttentionProblem, row: Row, tile: slice) -> tuple[torch
     q_len, kv_len = len(row.q), len(row.k)
     first, end = problem.key_range(q_len, kv_len)
     # [kv_heads, group, q_tile, head_dim]
-    q = row.q[tile].float().transpose(0, 1).unflatten(0, (problem.kv_heads, problem.group))
+    dtype = _working(row.q)
+    q = row.q[tile].to(dtype).transpose(0, 1).unflatten(0, (problem.kv_heads, problem.group))
     accumulator = torch.zeros_like(q)
     highest = q.new_full(q.shape[:-1], float("-inf"))
     total = q.new_zeros(q.shape[:-1])
     if problem.sinks is not None:
-        highest = problem.sinks.float().view(problem.kv_heads, problem.group, 1).expand_as(total).clone()
+        highest = problem.sinks.to(dtype).view(problem.kv_heads, problem.group, 1).expand_as(total).clone()
         total = torch.ones_like(total)
     for start in range(max(0, int(first[tile].min())), min(kv_len, int(end[tile].max())), K_TILE):
         keys = slice(start, min(start + K_TILE, kv_len))
-        k = row.k[keys].float().transpose(0, 1).unsqueeze(1)
-        v = row.v[keys].float().transpose(0, 1).unsqueeze(1)
+        k = row.k[keys].to(dtype).transpose(0, 1).unsqueeze(1)
+        v = row.v[keys].to(dtype).transpose(0, 1).unsqueeze(1)
         scores = q @ k.transpose(-1, -2) * problem.scale
         if problem.softcap:
             scores = problem.softcap * torch.tanh(scores / problem.softcap)
@@ -70,6 +72,10 @@ def _query_tile(problem: AttentionProblem, row: Row, tile: slice) -> tuple[torch
         highest = new_highest
     out = accumulator / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
     return out.flatten(0, 1), (highest + torch.log(total)).flatten(0, 1)
+
+
+def _working(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _visible(first: np.ndarray, end: np.ndarray, keys: slice, device: torch.device) -> torch.Tensor:
