@@ -158,6 +158,15 @@ def test_stays_in_its_sandbox(template):
         "{% set ns = namespace(x='x') %}{% for i in range(64) %}"
         "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
         "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "{{ ('%(a)s' * 99999) % {'a': 'x' * 99999} }}",
+        "{{ ('%(a)999s' * 99999) % {'a': 1} }}",
+        "{{ ('{0}' * 99999).format('x' * 99999) }}",
+        "{{ ('{a}' * 99999).format_map({'a': 'x' * 99999}) }}",
+        "{{ ('<' * 4000000) | e }}",
+        "{% set ns = namespace(x=range(99999)|list) %}"
+        "{% for i in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson(indent=16) }}",
+        "{{ strftime_now('%c' * 999999) }}",
+        "{{ (1).from_bytes(('x' * 4000000).encode(), 'big') // 7 ** 64 }}",
     ],
 )
 def test_is_bounded(template):
@@ -197,6 +206,13 @@ def test_a_macro_s_arguments_and_a_namespace_in_itself():
     )
     with pytest.raises(RequestError, match="a number too large"):
         ChatTemplate(DOUBLED.replace("'x'", "9999") % "ns.x * ns.x").render([], {})
+
+
+def test_arithmetic_and_formats_are_as_ever():
+    template = "{{ 7 // 2 }} {{ 7 % 4 }} {{ 7 / 2 }} {{ 3 - 5 }} {{ 2 ** 10 }} {{ '%s: %5.2f' % ('a', 2) }}"
+    template += " {{ '{:>3}|{x}'.format('b', x=[1]) }} {{ {'a': [1, 'é']} | tojson(indent=1) }}"
+    given = ChatTemplate(template).render([], {})
+    assert given == '3 3 3.5 -2 1024 a:  2.00   b|[1] {\n "a": [\n  1,\n  "é"\n ]\n}'
 
 
 def test_a_long_conversation_is_collected_message_by_message():

@@ -39,7 +39,11 @@ SECONDS = 2.0
 _NUMBER_LIMIT = 10_000
 """The largest count that a method or filter takes: a width, an indent, a repeat."""
 _BITS_LIMIT = 4096
-"""Of a product of two integers."""
+"""Of an integer that is reckoned with: products and quotients of long ones take minutes."""
+_FORM_LIMIT = 1024
+"""Characters of a date's form."""
+_WIDEST = 1000
+"""Characters that a field of a format takes besides what it shows: its width has three digits."""
 _FILTERS = """
     abs capitalize count d default dictsort e escape first float groupby indent int items last length list
     lower map max min reject rejectattr replace reverse round safe select selectattr sort string title trim
@@ -96,7 +100,7 @@ class _Namespace(Namespace):
 
 class Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _Bounded
-    intercepted_binops = frozenset(("*", "**", "%", "+"))
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self) -> None:
         super().__init__(
@@ -120,27 +124,28 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def measured(value: Any) -> Any:
-        """The value itself, if it would not be too long written out."""
+        """The value itself, if it is no text that is too long, nor would be one written out."""
+        if isinstance(value, str):
+            _check(len(value), count=False)
         _check_written(_written(value))
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sized = [x for x in (left, right) if isinstance(x, (str, bytes, list, tuple))]
         written = 0
+        if any(isinstance(x, int) and x.bit_length() > _BITS_LIMIT for x in (left, right)):
+            raise SecurityError("a number too large")
         if operator == "*" and sized:
             count = max((x for x in (left, right) if isinstance(x, int)), default=0)
             _check(len(sized[0]) * count)
             _check_written(written := _written(sized[0]) * count)
-        elif operator == "*" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > _BITS_LIMIT:
-                raise SecurityError("a number too large")
         elif operator == "+" and len(sized) == 2:
             _check(len(left) + len(right))
             _check_written(written := _written(left) + _written(right))
         elif operator == "**" and (abs(left) > _NUMBER_LIMIT or abs(right) > 64):
             raise SecurityError("a power too large")
         elif operator == "%" and isinstance(left, (str, bytes)):
-            _check_format(left)
+            _check_format(left, right, "%")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, (list, tuple)):  # known without a look at each of its members
             _run.written[id(result)] = result, written
@@ -180,7 +185,7 @@ def _check_call(name: str, owner: Any, args: Sequence[Any]) -> None:
     elif name in ("indent", "expandtabs"):
         _check(sum(texts) * (1 + max((len(x) if isinstance(x, str) else int(x) for x in args), default=8)))
     elif name in ("format", "format_map"):
-        _check_format(owner)
+        _check_format(owner, args, "{")
     elif name == "translate":
         raise SecurityError("translate is not for templates")
 
@@ -240,9 +245,12 @@ def _join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> st
     return Sandbox.concat(glued)
 
 
-def _check_format(form: Any) -> None:
-    if _WIDTH.search(str(form)):
+def _check_format(form: Any, shown: Any, mark: str) -> None:
+    """`mark` begins a field of the form."""
+    text = str(form)
+    if _WIDTH.search(text):
         raise SecurityError("a format with a width of four digits or one that is computed")
+    _check(len(text) + text.count(mark) * (_WIDEST + _written(shown)))  # each field may show it all
 
 
 def _check_time() -> None:
@@ -282,7 +290,10 @@ def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, 
     if indent is not None and not 0 <= indent <= 16:
         raise SecurityError("tojson with an indent above 16")
     allowed = {name: options[name] for name in ("separators", "sort_keys") if name in options}
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, **allowed)
+    encoder = json.JSONEncoder(indent=indent, ensure_ascii=ensure_ascii, **allowed)
+    if indent is None:
+        return Sandbox.measured(encoder.encode(value))
+    return Sandbox.concat(encoder.iterencode(value))  # of what is nested deep, blanks are the most
 
 
 def _raise(message: str) -> None:
@@ -290,5 +301,6 @@ def _raise(message: str) -> None:
 
 
 def _now(form: str) -> str:
-    _check_format(form)
+    if len(form) > _FORM_LIMIT:
+        raise SecurityError(f"a date's form of more than {_FORM_LIMIT} characters")
     return datetime.datetime.now().strftime(form)
