@@ -69,6 +69,8 @@ engine() {
 
 step warm 90 90 python3 -m strobe cache warm
 measure decode 300 60 decode bench decode --suite "$(quickly quick all)" --vs "$decode_peers"
+measure decode-dense 60 60 decode_dense bench decode --suite dense --vs "$prefill_peers"
+measure append 45 45 append bench decode --suite append
 engine engine-llama3.2-1b 150 60 llama3.2-1b
 engine engine-llama3-8b 200 60 llama3-8b
 [ -n "$quick" ] || engine engine-llama2-7b 150 60 llama2-7b

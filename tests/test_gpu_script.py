@@ -67,7 +67,8 @@ def test_every_command_is_understood(tmp_path: Path, quick: bool) -> None:
             assert params["engine"] in (chosen, ["deterministic=true", *chosen])
         saved.setdefault(params["save"].stem, set()).add(verb)
     assert saved == {
-        "decode": {"bench decode"}, "engine": {"bench engine"}, "profile": {"bench profile"},
+        "decode": {"bench decode"}, "decode_dense": {"bench decode"}, "append": {"bench decode"},
+        "engine": {"bench engine"}, "profile": {"bench profile"},
         "prefill": {"bench attention"}, "small": {"bench attention"}, "host": {"bench attention"},
         "kernels": {"bench startup"}, "startup": {"bench startup"},
         "verify": {"verify"}, "ladder": {"bench attention"}, "memory": {"bench memory"},

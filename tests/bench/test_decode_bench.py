@@ -106,13 +106,14 @@ def test_tables_and_the_figure_of_a_result(tmp_path: Path) -> None:
     ]
     appended = {**next(iter(append.measure(SHAPE, (3,), torch.float32, "cpu"))), "gbps": 1000.0, "ms": 0.002}
     machine = {"gpu": "X", "ceilings": {"dtype": "bfloat16", "matmul_tflops": 1.0, "read_gbps": 4000.0}}
-    result = Result("decode", [*rows, appended], machine, {}, "abc", "2026-01-01")
+    result = Result("decode", rows, machine, {}, "abc", "2026-01-01")
     table = document_tables.TABLES["decode"][1](result)
     assert len(table.splitlines()) == 4 + len(decode.SUITES["standard"])
     assert "100 (100%)" in table
     assert "cuda_split" not in table
     assert "cuda_split" in document_tables.TABLES["decode_ladder"][1](result)
-    (line,) = document_tables.TABLES["append"][1](result).splitlines()[4:]
+    appends = Result("append", [appended], machine)
+    (line,) = document_tables.TABLES["append"][1](appends).splitlines()[4:]
     assert "3 tokens" in line
     assert "2 (25%)" in line
     assert decode_figure.drawable(result)

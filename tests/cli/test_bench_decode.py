@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from strobe.bench import ceilings
+from strobe.bench import append, ceilings
 from strobe.bench.results import Result
 
 from .conftest import Cli
@@ -27,22 +27,26 @@ def test_contexts_as_table_json_csv_file_and_figure(cli: Cli, tmp_path: Path) ->
     shape = (*SMALL, "--batch", "3", "--context", "40,70,200", "--page-size", "8")
     shape += ("--kernel", "torch_grouped")
     result = json.loads(cli(*shape, "--json", "--save", str(saved), "--plot", str(figure)).out)
-    attention = [row for row in result["rows"] if "op" not in row["case"]]
-    assert [(row["case"]["kv_len"], row["case"]["page_size"]) for row in attention] == [
+    assert [(row["case"]["kv_len"], row["case"]["page_size"]) for row in result["rows"]] == [
         (40, 8), (70, 8), (200, 8)
-    ]  # fmt: skip
-    appended = [row for row in result["rows"] if "op" in row["case"]]
-    assert [(row["case"]["tokens"], row["provider"]) for row in appended] == [
-        (3, "strobe:append_rotated"), (3, "torch:copy_")
     ]  # fmt: skip
     assert all(row["checked"] and row["gbps"] > 0 for row in result["rows"])
     assert Result.load(saved).rows == result["rows"]
     assert b"batch 3" in figure.read_bytes()
-    rows = list(csv.DictReader(io.StringIO(cli(*shape, "--csv", "--no-append").out)))
+    rows = list(csv.DictReader(io.StringIO(cli(*shape, "--csv").out)))
     assert [row["kv_len"] for row in rows] == ["40", "70", "200"]
     (line,) = (line for line in cli(*shape).out.splitlines() if "1 x 70" in line)
     assert "torch_grouped" in line
     assert "page 8" in line
+
+
+def test_the_append_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append, "TOKENS", (1, 3))
+    rows = json.loads(cli(*SMALL, "--suite", "append", "--json").out)["rows"]
+    assert [(row["case"]["tokens"], row["provider"]) for row in rows] == [
+        (1, "strobe:append_rotated"), (1, "torch:copy_"), (3, "strobe:append_rotated"), (3, "torch:copy_")
+    ]  # fmt: skip
+    assert all(row["checked"] and row["gbps"] > 0 for row in rows)
 
 
 def test_mixed_lengths(cli: Cli) -> None:
@@ -62,7 +66,7 @@ def test_a_dense_cache(cli: Cli) -> None:
 
 
 def test_nothing_that_runs_is_told(cli: Cli) -> None:
-    assert "nothing runs" in cli(*SMALL, "--float8", "--no-append").error
+    assert "nothing runs" in cli(*SMALL, "--float8").error
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from strobe.bench.results import Row
 from strobe.bench.timer import Clock, GraphClock, HostClock, in_turns
 from strobe.ops import cache, rope
 
+TOKENS = (1, 8, 64, 256, 512, 2048)
+"""Of a call: decode batches, and a prompt's chunk."""
 _THETA = 500000.0
 _CACHES_BYTES = 192 << 20
 """Calls rotate among sets of inputs that together outgrow any L2 cache."""

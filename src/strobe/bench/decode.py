@@ -69,11 +69,22 @@ EXTRA: tuple[Case, ...] = (
     drafts(decode_shape(16, 8192, 32, 8, 128), 4),
 )
 QUICK: tuple[Case, ...] = (DECODE_BENCH[1], DECODE_BENCH[4], mixed(), EXTRA[1])
+DENSE: tuple[Case, ...] = tuple(
+    replace(decode_shape(*shape, 128, page_size=0), causal=False)  # one query sees all keys: for peers' sake
+    for shape in (
+        (1, 2048, 32, 8),
+        (1, 4096, 32, 32),
+        (1, 8192, 32, 8),
+        (1, 32768, 32, 8),
+        (8, 4096, 32, 8),
+        (64, 4096, 32, 8),
+    )
+)
+"""What other libraries' calls of one query are handed: keys of each row in one piece."""
 SUITES: dict[str, tuple[Case, ...]] = {
     "standard": (*DECODE_BENCH, *EXTRA),
     "context": CONTEXT,
     "all": tuple(dict.fromkeys((*DECODE_BENCH, *EXTRA, *CONTEXT))),
     "quick": QUICK,
+    "dense": DENSE,
 }
-APPENDED = (1, 8, 64, 256, 512, 2048)
-"""Tokens a call of the cache's own kernel: decode batches, and a prompt's chunk."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from strobe.attention import ladder
 from strobe.attention.cases import DECODE_BENCH, LADDER_SHAPES
-from strobe.attention.problem import AttentionProblem, Paged
+from strobe.attention.problem import AttentionProblem, Dense, Paged
 from strobe.bench import engine_tables, tables
 from strobe.bench.attention import described
 from strobe.bench.decode import EXTRA
@@ -42,24 +42,34 @@ def _host(result: Result) -> str:
 def _decode(result: Result) -> str:
     """What `auto` takes beside the peers."""
     rows = _standard_decode(result)
+    table = _beside_peers(result, rows)
+    if not any(row["provider"].endswith(" settled") for row in rows):
+        return table
+    return f"`settled`: as the engine runs it, a launch starts beside the end of the one ahead.\n\n{table}"
+
+
+def _decode_dense(result: Result) -> str:
+    return _beside_peers(result, list(result.rows))
+
+
+def _beside_peers(result: Result, rows: list[Row]) -> str:
     ours = {
         (tables.case_name(row["case"]), row["provider"]): {**row, "provider": provider}
         for settled, provider in ((True, "strobe, settled"), (False, "strobe"))
         for row in rows
         if row["provider"] == f"strobe:{_taken(rows, row['case'], settled)}" + " settled" * settled
     }
-    if not any(provider.endswith(" settled") for _, provider in ours):
-        return _microseconds(result, _peered(rows))
-    found = [*ours.values(), *(row for row in rows if not row["provider"].startswith("strobe:"))]
-    about = "`settled`: as the engine runs it, a launch starts beside the end of the one ahead."
-    return f"{about}\n\n{_microseconds(result, found)}"
+    return _microseconds(
+        result, [*ours.values(), *(row for row in rows if not row["provider"].startswith("strobe:"))]
+    )
 
 
 def _taken(rows: list[Row], case: dict[str, Any], settled: bool) -> str:
     """Of the rungs that have a row for this case, the one that `auto` takes."""
-    sizes = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "dtype", "page_size")
-    layout = Paged(None, None, settled=settled)
-    problem = AttentionProblem(layout=layout, device="cuda", **{name: case[name] for name in sizes})
+    named = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "dtype", "page_size")
+    sizes = {name: case[name] for name in named if name in case}
+    layout = Paged(None, None, settled=settled) if "page_size" in case else Dense()
+    problem = AttentionProblem(layout=layout, device="cuda", **sizes)
     measured = {row["provider"] for row in rows if row["case"] == case}
     rungs = (ladder.RUNGS[name] for name in ladder.FASTEST_FIRST["decode"])
     return next(r.name for r in rungs if f"strobe:{r.name}" in measured and r.suits(problem))
@@ -94,7 +104,7 @@ def _microseconds(result: Result, rows: list[Row]) -> str:
 
 
 def _append(result: Result) -> str:
-    return _microseconds(result, [row for row in result.rows if "op" in row["case"]])
+    return _microseconds(result, list(result.rows))
 
 
 def _ladder(result: Result) -> str:
@@ -291,7 +301,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "host": ("host", _host),
     "decode": ("decode", _decode),
     "decode_ladder": ("decode", _decode_ladder),
-    "append": ("decode", _append),
+    "decode_dense": ("decode_dense", _decode_dense),
+    "append": ("append", _append),
     "ladder": ("ladder", _ladder),
     "standard": ("ladder", _standard),
     "memory": ("memory", _memory),

@@ -20,7 +20,11 @@ Vs = Annotated[str, typer.Option(help="Peers to time beside: fa3, fa3_contiguous
 
 def decode(
     suite: Annotated[
-        str | None, typer.Option(help="A set of shapes: standard, context, all or quick.", show_default=False)
+        str | None,
+        typer.Option(
+            help="A set of shapes: standard, context, all, quick or dense; append: the cache's own kernel.",
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     context: Annotated[str, typer.Option(help="Keys of a row, several by comma: 4k,16k.")] = "4k",
@@ -33,9 +37,6 @@ def decode(
     head_dim: shared.HeadDim = 128,
     page_size: Annotated[int, typer.Option(help="Tokens of a page; 0 for a dense cache.")] = 16,
     float8: Annotated[bool, typer.Option("--float8", help="A float8 cache, with a scale a head.")] = False,
-    append: Annotated[
-        bool, typer.Option("--append/--no-append", help="Time the rotation and the append too.")
-    ] = True,
     dtype: shared.Dtype = None,
     device: options.Device = None,
     kernel: shared.Kernels = "all",
@@ -55,32 +56,34 @@ def decode(
     the ceiling's share against the context, a panel for each batch.
     """
     from strobe.attention.cases import decode_shape
-    from strobe.bench import append as append_bench
+    from strobe.bench import append, decode_figure, plots
     from strobe.bench import decode as bench
-    from strobe.bench import decode_figure, plots
     from strobe.bench.attention import torch_dtype
+    from strobe.bench.ceilings import ceilings
     from strobe.bench.results import Result
 
     if plot is not None:
         plots.check_path(plot)
     shape = decode_shape(batch, 1, heads, kv_heads or heads, head_dim, page_size)
-    if suite is not None and suite not in bench.SUITES:
-        raise UnknownNameError.among("suite", suite, bench.SUITES)
+    if suite is not None and suite not in (*bench.SUITES, "append"):
+        raise UnknownNameError.among("suite", suite, [*bench.SUITES, "append"])
     asked = () if suite is not None else _cases(shape, batch, context, mixed, q_len, float8)
-    cases = bench.SUITES[suite] if suite is not None else asked
+    cases = bench.SUITES.get(suite, ()) if suite is not None else asked
     where, dtype = shared.target(device, dtype)
     if host:
         shared.host_cost(cases, vs, dtype, save=save, commit=commit, json=json)
         return
-    chosen = shared.providers("decode", kernel, vs)
-    rows, roof = shared.measure(cases, chosen, dtype, where, kernel=kernel)
-    tokens = bench.APPENDED if suite is not None else (batch * q_len,)
-    if append and page_size:
-        rows += append_bench.measure(shape, tokens, torch_dtype(dtype), where)
+    if suite == "append":
+        rows = list(append.measure(shape, append.TOKENS, torch_dtype(dtype), where))
+        roof = ceilings(where, dtype)
+    else:
+        chosen = shared.providers("decode", kernel, vs)
+        rows, roof = shared.measure(cases, chosen, dtype, where, kernel=kernel)
     if plot is not None:
         result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())
         decode_figure.against_context(result, plot)
-    if bench_options.finish("decode", rows, save=save, commit=commit, json=json, ceilings=roof.as_dict()):
+    name = {"append": "append", "dense": "decode_dense"}.get(suite or "", "decode")
+    if bench_options.finish(name, rows, save=save, commit=commit, json=json, ceilings=roof.as_dict()):
         return
     if csv:
         shared.write_csv(rows)
