@@ -1,1 +1,1 @@
-"""Attention of one to a few queries against a paged cache: memory-bound. One rung a file."""
+"""Attention of one to a few queries against a cache, paged or dense: memory-bound. One rung a file."""
