@@ -7,6 +7,7 @@ import torch
 from cuda_emulator import emulated_gpu
 
 from strobe.ops import cache, rope
+from strobe.ops.embedding import embed
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,19 @@ def test_norms_rotates_and_appends(
     torch.testing.assert_close(q_kernel.float(), q.float(), rtol=2**-6, atol=2**-6)
     rtol = 0.13 if scales else 2**-6  # a neighbouring float8 at most
     torch.testing.assert_close(stored[1].float(), stored[0].float(), rtol=rtol, atol=2**-6)
+
+
+def test_waits_for_angles_of_the_launch_just_ahead() -> None:
+    tokens, q_heads, kv_heads, head_dim = 3, 4, 2, 64
+    fused = torch.randn(tokens, q_heads + 2 * kv_heads, head_dim).bfloat16()
+    qk, v = fused.split_with_sizes((q_heads + kv_heads, kv_heads), 1)
+    signed = rope.signed([1e4 ** (-2 * i / head_dim) for i in range(head_dim // 2)], "cpu")
+    table, ids = torch.randn(9, 128).bfloat16(), torch.randint(9, (tokens,))
+    positions = torch.randint(99, (tokens,))
+    stored = torch.zeros(2, 2, 2, 4, kv_heads, head_dim).bfloat16()  # by torch, by the kernel
+    slots = torch.randperm(2 * 4)[:tokens]
+    want = cache.append_rotated(qk, v, embed(ids, table, positions, signed)[1], *stored[0], slots)
+    with emulated_gpu():
+        got = cache.append_rotated(qk, v, embed(ids, table, positions, signed)[1], *stored[1], slots)
+    torch.testing.assert_close(got.float(), want.float(), rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(stored[1].float(), stored[0].float(), rtol=2**-6, atol=2**-6)
