@@ -127,6 +127,9 @@ def test_a_completion_that_cannot_be(idle: LiveServer, body, param) -> None:
         ),
         ({**CHAT, "chat_template": "{{ 7*7 }}"}, "chat_template"),
         ({**CHAT, "stream_options": {"foo": 1}}, "stream_options.foo"),
+        ({**CHAT, "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+        ({**CHAT, "chat_template_kwargs": {"x": "y" * (33 << 10)}}, "chat_template_kwargs"),
+        ({**CHAT, "chat_template_kwargs": [1]}, "chat_template_kwargs"),
     ],
     ids=lambda value: repr(value)[:60],
 )

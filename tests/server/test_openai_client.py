@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from strobe.checkpoints.chat import ChatTemplate
 from strobe.engine import SamplingParams
 from strobe.server.config import ServerConfig
 
@@ -274,6 +275,24 @@ def test_tokenize_and_back(idle: LiveServer, alone) -> None:
     chat = idle.post("/tokenize", {"messages": MESSAGES}).json()["tokens"]
     rendered = alone.tokenizer.apply_chat_template(MESSAGES)
     assert chat == alone.tokenizer.encode(rendered, add_special=False)
+
+
+def test_a_template_s_own_variables(idle: LiveServer, alone, monkeypatch) -> None:
+    """As Qwen3's enable_thinking."""
+    template = ChatTemplate(
+        "{% if enable_thinking is defined and not enable_thinking %}calm{% else %}wild{% endif %}"
+    )
+    monkeypatch.setattr(idle.service.tokenizer, "chat_template", template)
+    for given, text in (
+        (None, "wild"),
+        ({"enable_thinking": False}, "calm"),
+        ({"self": 1, "function": 2, "args": [3, {"kwargs": 4}]}, "wild"),
+    ):
+        body = {"messages": MESSAGES, "chat_template_kwargs": given}
+        expected = alone.tokenizer.encode(text, add_special=False)
+        assert idle.post("/tokenize", body).json()["tokens"] == expected
+        answer = idle.post("/v1/chat/completions", {**body, "max_tokens": 1, "return_token_ids": True}).json()
+        assert answer["prompt_token_ids"] == expected
 
 
 def test_version_health_and_metrics(idle: LiveServer) -> None:

@@ -202,12 +202,15 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Message],
+        /,
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """A conversation as the text that the model was trained on; encode it with `add_special=False`.
+
+        `variables` of any name are the template's own, such as Qwen3's enable_thinking.
 
         Raises:
             RequestError: the checkpoint brings no template, or its template refuses these messages.

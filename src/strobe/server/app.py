@@ -145,6 +145,7 @@ async def _tokens(service: Service, body: TokenizeRequest) -> answers.Tokens:
         text = await service.render(
             [message_of(message) for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
+            variables=body.chat_template_kwargs,
         )
         tokens = await service.encode(text, "messages", special=False)
     else:

@@ -171,7 +171,8 @@ async def chat(service: Service, body: ChatRequest, api_key: str | None) -> Even
         raise ApiError(400, "max_tokens: max_completion_tokens is given too", param="max_tokens")
     mode = mode_of(body)
     tools = for_template(body.tools) if mode != "none" else None
-    text = await service.render([message_of(message) for message in body.messages], tools=tools)
+    messages = [message_of(message) for message in body.messages]
+    text = await service.render(messages, tools=tools, variables=body.chat_template_kwargs)
     prompt = await service.encode(text, "messages", special=False)
     service.check_length(len(prompt), "messages")
     grammar = await service.grammar(body)

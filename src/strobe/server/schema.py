@@ -25,6 +25,9 @@ MAX_DEPTH = 32
 """Levels of a schema."""
 MAX_CHOICES = 512
 
+_GIVEN = {"messages", "tools", "add_generation_prompt"}
+"""What a chat template is given of the request itself."""
+
 MAX_FIELDS = 100
 """Fields of one object: more are refused before each is looked at."""
 
@@ -43,6 +46,12 @@ def _bounded(value: Any) -> Any:
         stack.extend((child, depth + 1) for child in children)
     if len(json.dumps(value)) > MAX_GRAMMAR_CHARS:
         raise ValueError(f"longer than {MAX_GRAMMAR_CHARS} characters")
+    return value
+
+
+def _free(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_GIVEN & value.keys()):
+        raise ValueError(f"{taken[0]!r} is a field of the request's own")
     return value
 
 
@@ -65,6 +74,12 @@ class FirstError(FailFast):
 
 Tokens = Annotated[list[TokenId], FirstError(), Field(min_length=1, max_length=MAX_TOKENS)]
 JsonSchema = Annotated[dict[str, Any], AfterValidator(_bounded)]
+TemplateVariables = Annotated[
+    dict[str, Any],
+    AfterValidator(_bounded),
+    AfterValidator(_free),
+    Field(description="More for the model's own chat template, as enable_thinking. The name is vLLM's."),
+]
 
 
 class _Model(BaseModel):
@@ -226,6 +241,7 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     modalities: list[Literal["text"]] | None = None
 
 
@@ -237,6 +253,7 @@ class TokenizeRequest(_Model):
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    chat_template_kwargs: TemplateVariables | None = None
     return_token_strs: bool = False
 
 

@@ -89,7 +89,7 @@ class Service:
             )
         return name or self.names[0]
 
-    async def in_thread(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    async def in_thread(self, function: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Result:
         """Work on a text off the event loop, where the queue has room for what comes of it."""
         self.bridge.check_room()
         self.bridge.preparing += 1
@@ -112,8 +112,9 @@ class Service:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as text, by the checkpoint's own template.
+        """A conversation as text, by the checkpoint's own template, which sees `variables` too.
 
         Raises:
             ApiError: 400 where there is no template, or it refuses. Its own words stay in the log.
@@ -127,6 +128,7 @@ class Service:
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
+                **(variables or {}),
             )
         except StrobeError as error:
             _log.info("%s", error)
