@@ -24,9 +24,8 @@ Turn = tuple[torch.Tensor, torch.Tensor]
 
 _SOURCE = Path(__file__).with_suffix(".cu")
 _SCALAR = {torch.float16: "f16", torch.bfloat16: "bf16"}
-_THREADS = 128
-_TAKEN = 2
-"""Heads of a token that a thread takes."""
+_THREADS = 192
+"""Of a block at most. A token's 48 heads of 128 (32 + 2 x 8) are two such blocks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +237,7 @@ def _plan(call: _Call) -> _Launch | None:
     """The CUDA kernel's launch, or None where torch is to run it: the kernel takes 16-byte pieces of 16-bit
     numbers, a cache alike or float8, and norms heads whose threads are all in one warp."""
     (tokens, heads, head_dim), kv_heads = call.shape, call.kv_heads
-    threads = -(-(heads + kv_heads) // _TAKEN) * (head_dim // 16)  # of a token
+    threads = (heads + kv_heads) * (head_dim // 16)  # of a token
     pieces = call.aligned and not any(s % 8 for s in (*call.k_stride[:2], *call.v_stride[:2]))
     kinds = call.dtype in _SCALAR and call.pages_dtype in (call.dtype, torch.float8_e4m3fn)
     norms = call.norm_eps is not None
@@ -257,8 +256,6 @@ def _plan(call: _Call) -> _Launch | None:
     kv_t = scalar if call.pages_dtype == call.dtype else "u8"
     defines = _defines(scalar, kv_t, head_dim, rotates=call.rotates, norms=norms, settled=call.settled)
     kernel = jit.kernel(_SOURCE, "append", defines, call.device.index)
-    if call.settled:
-        kernel.prefer_shared_memory()
     blocks = -(-threads // _THREADS)
     block = -(-threads // (32 * blocks)) * 32
     programmatic = kernels.programmatic(call.device)
@@ -275,5 +272,4 @@ def _defines(
         "ROTATE": rotates,
         "NORM": norms,
         "EARLY": settled,
-        "TAKEN": _TAKEN,
     }

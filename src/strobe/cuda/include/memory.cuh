@@ -10,6 +10,13 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
   return x;
 }
 
+// An address in global memory, computed where this stands: the compiler moves such work behind a wait that follows.
+template <class T> __device__ __forceinline__ T* computed_here(T* p) {
+  auto address = __cvta_generic_to_global(p);
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // What other blocks may be writing now, in any order. Words of it arrive whole.
 __device__ __forceinline__ float4 load_relaxed(const float4* p) {
   float4 x;

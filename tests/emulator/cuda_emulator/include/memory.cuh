@@ -4,6 +4,11 @@
 inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
 
 template <class T>
+T* computed_here(T* p) {
+  return p;
+}
+
+template <class T>
 T load_relaxed(const T* p, Where where = Where::current()) {
   emulator::look_at(p, sizeof(T), where);
   return *p;
