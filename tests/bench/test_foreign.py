@@ -14,7 +14,7 @@ from strobe.bench.verify import logits
 from strobe.checkpoints.huggingface_config import model_config
 from strobe.errors import StrobeError
 from strobe.models import shapes
-from strobe.models.config import ModelConfig
+from strobe.models.config import ModelConfig, Rope
 
 
 def small(shape: str) -> ModelConfig:
@@ -29,9 +29,15 @@ def small(shape: str) -> ModelConfig:
     return replace(published, **sizes, **family, **window)
 
 
+YARN = Rope(scaling="yarn", factor=2.0, original_max_position=16, attention_factor=1.2)
+
+
+@pytest.mark.parametrize("rope", [None, YARN])
 @pytest.mark.parametrize("shape", shapes.SHAPES)
-def test_a_config_reads_back_as_it_was(shape: str, tmp_path: Path) -> None:
+def test_a_config_reads_back_as_it_was(shape: str, rope: Rope | None, tmp_path: Path) -> None:
     config = shapes.named(shape)
+    if config.rope is not None:
+        config = replace(config, rope=rope or config.rope)
     foreign.write_config(config, tmp_path / "deep")
     values = json.loads((tmp_path / "deep" / "config.json").read_text())
     assert model_config(tmp_path, values, {}) == config

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from strobe.checkpoints import GenerationDefaults, load, meta
 from strobe.checkpoints.huggingface_config import model_config
@@ -95,9 +97,36 @@ def test_rope_scaling_wins_over_rope_parameters():
         values = {**theirs.to_dict(), "architectures": ["LlamaForCausalLM"], **values}
         rope = model_config(Path("config.json"), values, {}).rope
         assert rope == Rope(told["rope_theta"], "linear", told["factor"])
-    values["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
-    with pytest.raises(CheckpointError, match="yarn"):
+    values["rope_scaling"] = {"rope_type": "dynamic", "factor": 4.0}
+    with pytest.raises(CheckpointError, match="dynamic"):
         model_config(Path("config.json"), values, {})
+
+
+def test_yarn_reaches_beyond_the_trained_context():
+    """Qwen2.5 and Qwen3 say so: added to a config whose `max_position_embeddings` is the trained one."""
+    config = transformers.Qwen2Config(max_position_embeddings=32768).to_dict()
+    config |= {"architectures": ["Qwen2ForCausalLM"], "rope_parameters": None, "rope_theta": 1e6}
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    read = model_config(Path("config.json"), {**config, "rope_scaling": scaling}, {})
+    grown = 1 + 0.1 * math.log(4)
+    assert read.rope == Rope(1e6, "yarn", 4.0, original_max_position=32768, attention_factor=grown)
+    assert read.max_position == 131072
+    assert read.softmax_scale == pytest.approx(read.head_dim**-0.5 * grown**2)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(128, 1e6), (64, 1e4), (80, 5e5)])
+@pytest.mark.parametrize(
+    "extra", [{}, {"beta_fast": 16.0, "beta_slow": 2, "attention_factor": 1.3}, {"factor": 0.5}]
+)
+def test_yarn_turns_as_in_transformers(head_dim, theta, extra):
+    scaling = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0, **extra}
+    scaling["original_max_position_embeddings"] = 4096
+    theirs = transformers.LlamaConfig(head_dim=head_dim, rope_parameters=scaling)
+    values = {**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]}
+    ours = model_config(Path("config.json"), values, {})
+    turns, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
+    assert ours.frequencies == pytest.approx(turns.tolist(), rel=1e-5)
+    assert ours.rope.attention_factor == pytest.approx(factor)
 
 
 def test_windows_of_configs_without_layer_types():

@@ -27,6 +27,8 @@ from strobe.checkpoints import load
 from strobe.checkpoints.tokenizer import Tokenizer
 from strobe.errors import CheckpointError, DeviceError, StrobeError, TokenizerError
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def refused(path: Path | str, *names: str, kind: type[StrobeError] = CheckpointError) -> str:
     with pytest.raises(kind) as caught:
@@ -137,6 +139,11 @@ def test_config_that_is_no_json(folder, text):
         ("quantization_config", {"quant_method": "gptq"}),
         ("tie_word_embeddings", "yes"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_parameters", {**YARN, "truncate": False}),
+        ("rope_parameters", {**YARN, "mscale": 1.0}),
+        ("rope_parameters", {**YARN, "factor": 1e20}),
+        ("rope_parameters", {**YARN, "attention_factor": -1.0}),
+        ("rope_parameters", {**YARN, "rope_theta": 1.0}),
         ("rope_parameters", {"rope_type": ["llama3"]}),
         ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
         ("rope_parameters", {"rope_type": "linear", "factor": 0}),

@@ -34,6 +34,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def _llama(heads: int, kv_heads: int, **extra: object) -> transformers.LlamaConfig:
@@ -65,6 +71,9 @@ FAMILIES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         use_sliding_window=True,
         sliding_window=5,
         max_window_layers=1,
+    ),
+    "qwen2-yarn": lambda: transformers.Qwen2Config(
+        **SMALL, num_attention_heads=6, num_key_value_heads=2, rope_parameters=YARN_ROPE
     ),
     "qwen3": lambda: transformers.Qwen3Config(
         **SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True

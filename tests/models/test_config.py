@@ -56,11 +56,13 @@ def test_refuses_by_name(field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("scaling", "yarn"),
+        ("scaling", "longrope"),
         ("theta", 0.0),
         ("factor", float("inf")),
         ("low_freq_factor", float("nan")),
         ("original_max_position", -1),
+        ("beta_fast", 0.0),
+        ("attention_factor", float("inf")),
     ],
 )
 def test_rope_refuses_by_name(field, value):

@@ -37,6 +37,13 @@ def huggingface_config(config: ModelConfig, dtype: str = "bfloat16") -> dict[str
             "high_freq_factor": rope.high_freq_factor,
             "original_max_position_embeddings": rope.original_max_position,
         }
+    if rope.scaling == "yarn":
+        turn |= {
+            "original_max_position_embeddings": rope.original_max_position,
+            "beta_fast": rope.beta_fast,
+            "beta_slow": rope.beta_slow,
+            "attention_factor": rope.attention_factor,
+        }
     found: dict[str, Any] = {
         "architectures": [family],
         "model_type": family.removesuffix("ForCausalLM").lower(),

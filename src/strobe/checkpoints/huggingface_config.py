@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 _UNSAID_WINDOW = 4096
 """The window of a config that has no `sliding_window`; one that says null has none."""
 
-_ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3"}
+_ROPE_SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
 
 class _Keys:
@@ -149,6 +150,10 @@ def _llama(keys: _Keys, family: _Family, tokens: Mapping[str, Any]) -> ModelConf
             raise CheckpointError(f"hidden_size {hidden} is not a multiple of num_attention_heads {q_heads}")
         head_dim = hidden // q_heads
     window, sliding_layers = _window(keys, family, layers)
+    rope = _rope(keys)
+    longest = keys.integer("max_position_embeddings", family.max_position)
+    if rope.scaling == "yarn":  # which is added by hand to a config that says how long the training was
+        longest = max(longest, int(rope.factor * rope.original_max_position))
     attention_bias = family.attention_bias and keys.flag("attention_bias", False)
     return ModelConfig(
         architecture="llama",
@@ -159,9 +164,9 @@ def _llama(keys: _Keys, family: _Family, tokens: Mapping[str, Any]) -> ModelConf
         kv_heads=keys.integer("num_key_value_heads", q_heads),
         head_dim=keys.integer("head_dim", head_dim),
         vocab_size=keys.integer("vocab_size"),
-        max_position=keys.integer("max_position_embeddings", family.max_position),
+        max_position=longest,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        rope=_rope(keys),
+        rope=rope,
         sliding_window=window,
         sliding_layers=sliding_layers,
         qkv_bias=family.qkv_bias or attention_bias,
@@ -238,6 +243,8 @@ def _rope(keys: _Keys) -> Rope:
         return Rope(theta=theta)
     if kind == "linear":
         return Rope(theta=theta, scaling="linear", factor=rope.number("factor"))
+    if kind == "yarn":
+        return _yarn(theta, rope)
     return Rope(
         theta=theta,
         scaling="llama3",
@@ -245,6 +252,24 @@ def _rope(keys: _Keys) -> Rope:
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
         original_max_position=rope.integer("original_max_position_embeddings"),
+    )
+
+
+def _yarn(theta: float, keys: _Keys) -> Rope:
+    for name, allowed in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if keys.values.get(name) not in (None, allowed):
+            raise CheckpointError(
+                f"{keys.path}: {name} of yarn is {keys.values[name]!r}; supported: {allowed}"
+            )
+    factor = keys.number("factor")
+    return Rope(
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_max_position=keys.integer("original_max_position_embeddings"),
+        beta_fast=keys.number("beta_fast", 32.0),
+        beta_slow=keys.number("beta_slow", 1.0),
+        attention_factor=keys.number("attention_factor", 1 + 0.1 * math.log(factor) if factor > 1 else 1.0),
     )
 
 

@@ -92,22 +92,32 @@ class Batch:
         return x if self.logits_at is None else x.index_select(0, self.logits_at)
 
     def attend(
-        self, index: int, q: torch.Tensor, window: tuple[int, int] = (UNLIMITED, UNLIMITED)
+        self,
+        index: int,
+        q: torch.Tensor,
+        window: tuple[int, int] = (UNLIMITED, UNLIMITED),
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Causal attention of layer `index`: q `[tokens, q_heads, head_dim]` → `[tokens, q_size]`."""
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.prompts is None:
-            self._attend(index, q, self.layout, window, out)
+            self._attend(index, q, self.layout, window, scale, out)
         else:
             ahead = len(self.layout.seq_lens)
-            self._attend(index, q[:ahead], self.layout, window, out[:ahead])
-            self._attend(index, q[ahead:], self.prompts, window, out[ahead:])
+            self._attend(index, q[:ahead], self.layout, window, scale, out[:ahead])
+            self._attend(index, q[ahead:], self.prompts, window, scale, out[ahead:])
         return out.view(len(q), -1)
 
     def _attend(
-        self, index: int, q: torch.Tensor, layout: Paged, window: tuple[int, int], out: torch.Tensor
+        self,
+        index: int,
+        q: torch.Tensor,
+        layout: Paged,
+        window: tuple[int, int],
+        scale: float | None,
+        out: torch.Tensor,
     ) -> None:
         if layout.cu_seqlens_q is None:
             q, out = (x.view(len(layout.seq_lens), -1, *x.shape[1:]) for x in (q, out))
-        options = Options(causal=True, window=window, layout=layout)
+        options = Options(causal=True, window=window, scale=scale, layout=layout)
         api.run(q, *self.kv_cache.layers[index], self.attention_kernel, options, out)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from strobe.errors import CheckpointError
 
 ARCHITECTURES = ("llama", "gpt2")
-ROPE_SCALINGS = ("none", "linear", "llama3")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 
 LARGEST = {
     "layers": 4096,
@@ -30,6 +30,10 @@ class Rope:
     "linear" divides every frequency by `factor`. "llama3" divides by `factor` where the wavelength
     exceeds `original_max_position / low_freq_factor`, keeps it where it is below
     `original_max_position / high_freq_factor`, and goes smoothly from one to the other between.
+
+    "yarn" (Peng et al. 2023, arXiv 2309.00071) keeps the pairs that turn `beta_fast` times and more in
+    `original_max_position`, divides those that turn `beta_slow` times and fewer, and goes from pair to pair
+    between; queries and keys both grow by `attention_factor`.
     """
 
     theta: float = 10000.0
@@ -38,11 +42,14 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scaling not in ROPE_SCALINGS:
             raise CheckpointError(f"rope scaling {self.scaling!r}; supported: {', '.join(ROPE_SCALINGS)}")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position"):
+        for name in (each.name for each in fields(self) if each.name != "scaling"):
             value = getattr(self, name)
             if not _is_number(value) or not 1e-30 < value < 1e30:  # whose powers are all finite
                 raise CheckpointError(f"rope {name} is {value!r}; supported: a positive number up to 1e30")
@@ -51,6 +58,8 @@ class Rope:
                 f"rope low_freq_factor is {self.low_freq_factor}; "
                 f"supported: below high_freq_factor {self.high_freq_factor}"
             )
+        if self.scaling == "yarn" and self.theta <= 1:
+            raise CheckpointError(f"rope theta is {self.theta}; supported with yarn: above 1")
 
     def frequencies(self, head_dim: int) -> list[float]:
         """Radians a position of each of a head's pairs: `head_dim / 2` numbers."""
@@ -59,6 +68,8 @@ class Rope:
             return base
         if self.scaling == "linear":
             return [turn / self.factor for turn in base]
+        if self.scaling == "yarn":
+            return self._yarn(base, head_dim)
         return [self._llama3(turn) for turn in base]
 
     def _llama3(self, turn: float) -> float:
@@ -66,6 +77,18 @@ class Rope:
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = min(1.0, max(0.0, kept))
         return kept * turn + (1 - kept) * turn / self.factor
+
+    def _yarn(self, base: list[float], head_dim: int) -> list[float]:
+        def pair(turns: float) -> float:
+            """The one that turns so many times in the original context."""
+            wavelength = self.original_max_position / (2 * math.pi * turns)
+            return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+        first = max(math.floor(pair(self.beta_fast)), 0)
+        last = min(math.ceil(pair(self.beta_slow)), head_dim - 1)
+        width = last - first or 0.001
+        divided = [min(1.0, max(0.0, (i - first) / width)) for i in range(len(base))]
+        return [turn * (1 - share + share / self.factor) for turn, share in zip(base, divided, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,13 @@ class ModelConfig:
     def frequencies(self) -> list[float]:
         """The rotation of each of a head's pairs; empty where positions are learned."""
         return [] if self.rope is None else self.rope.frequencies(self.head_dim)
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """`strobe.attention`'s scale, with what YaRN adds to queries and keys; None for head_dim ** -0.5."""
+        if self.rope is None or self.rope.attention_factor == 1:
+            return None
+        return float(self.head_dim**-0.5 * self.rope.attention_factor**2)
 
     def window(self, layer: int) -> tuple[int, int]:
         """A layer's attention window as `strobe.attention` takes it: (left, right), -1 for no limit."""

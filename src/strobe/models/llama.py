@@ -76,6 +76,7 @@ class Llama:
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self._signed_frequencies = rope.signed(config.frequencies, self.device)
+        self._scale = config.softmax_scale
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Append this step's keys and values to the cache; logits `[n, vocab_size]`, like the weights."""
@@ -85,7 +86,7 @@ class Llama:
         )
         for index, layer in enumerate(self.weights.layers):
             q = layer.qkv.append(x, self._destination(index, layer, turn, batch), kernel)
-            attended = batch.attend(index, q, self.config.window(index))
+            attended = batch.attend(index, q, self.config.window(index), self._scale)
             layer.output(attended, residual=x, kernel=kernel)
             raised = layer.gate_up(x, kernel=kernel)
             layer.down(raised, residual=x, kernel=kernel)

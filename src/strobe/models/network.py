@@ -77,6 +77,7 @@ def decode_attention(model: Model, rows: int, kv_len: int, page_size: int) -> At
         dtype=str(model.dtype).removeprefix("torch."),
         causal=True,
         window=c.window(0),
+        scale=c.softmax_scale,
         layout=Paged(None, None, settled=True),
         page_size=page_size,
         device=device.type,
