@@ -23,7 +23,7 @@ from strobe.errors import UnknownNameError
 Call = Callable[[], torch.Tensor]
 _BACKENDS = {"sdpa-flash": "fa2", "sdpa-cudnn": "cudnn"}
 """Peers by the backend of scaled_dot_product_attention that they are."""
-_PLANNED = "bench: flashinfer's plan"
+_PLANNED, _SCHEDULED = "bench: flashinfer's plan", "bench: fa3's schedules"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _load_fa3() -> Any:
             torch.ops.load_library(library)
         else:
             importlib.import_module("flash_attn_3._C")
-    return torch.ops.flash_attn_3.fwd
+    return torch.ops.flash_attn_3
 
 
 def _fa3_refusals(problem: AttentionProblem) -> list[str]:
@@ -116,7 +116,7 @@ def _fa3_refusals(problem: AttentionProblem) -> list[str]:
     return [*_dense_16_bit(dense), *([] if problem.arch == 90 else ["Hopper only"])]
 
 
-def _make_fa3(forward: Any, inputs: Inputs) -> Call:
+def _make_fa3(library: Any, inputs: Inputs) -> Call:
     problem, layout = inputs.problem, inputs.problem.layout
     options: dict[str, Any] = {
         "softmax_scale": problem.scale,
@@ -127,8 +127,24 @@ def _make_fa3(forward: Any, inputs: Inputs) -> Call:
     }
     if isinstance(layout, Paged):
         pages = layout.page_table.clamp_max(inputs.k.shape[0] - 1)
+        schedule = _fa3_schedule(library, inputs, pages.shape[1] * problem.page_size, problem.page_size)
         options |= {"seqused_k": layout.seq_lens, "page_table": pages, "num_splits": 0}
-    return lambda: forward(inputs.q, inputs.k, inputs.v, **options)[0]
+        options["scheduler_metadata"] = schedule
+    return lambda: library.fwd(inputs.q, inputs.k, inputs.v, **options)[0]
+
+
+def _fa3_schedule(library: Any, inputs: Inputs, longest: int, page_size: int | None) -> torch.Tensor:
+    """Once for all calls over a layout, as vLLM makes it for all layers: else each call is two launches."""
+    problem, layout = inputs.problem, cast(Paged, inputs.problem.layout)
+    kept = layout.scratch.setdefault(_SCHEDULED, {})
+    if page_size not in kept:
+        heads = problem.q_heads, problem.kv_heads, problem.head_dim, problem.head_dim
+        kept[page_size] = library.get_scheduler_metadata(
+            *(problem.batch, problem.q_len, longest, *heads, inputs.q.dtype, layout.seq_lens),
+            page_size=page_size,
+            is_causal=problem.masked,
+        )
+    return kept[page_size]
 
 
 def _contiguous_refusals(problem: AttentionProblem) -> list[str]:
@@ -137,7 +153,7 @@ def _contiguous_refusals(problem: AttentionProblem) -> list[str]:
     )
 
 
-def _make_fa3_contiguous(forward: Any, inputs: Inputs) -> Call:
+def _make_fa3_contiguous(library: Any, inputs: Inputs) -> Call:
     """The same keys and values `[batch, longest, kv_heads, head_dim]`, with no page table to follow."""
     problem, layout = inputs.problem, cast(Paged, inputs.problem.layout)
     table = layout.page_table[:, : -(-problem.kv_len // problem.page_size)].clamp_max(inputs.k.shape[0] - 1)
@@ -149,8 +165,9 @@ def _make_fa3_contiguous(forward: Any, inputs: Inputs) -> Call:
         "window_size_right": -1,
         "num_splits": 0,
         "seqused_k": layout.seq_lens,
+        "scheduler_metadata": _fa3_schedule(library, inputs, k.shape[1], None),
     }
-    return lambda: forward(inputs.q, k, v, **options)[0]
+    return lambda: library.fwd(inputs.q, k, v, **options)[0]
 
 
 def _make_fa4(forward: Any, inputs: Inputs) -> Call:
