@@ -86,6 +86,20 @@ def test_a_graph_of_a_call_follows_lengths_and_pages() -> None:
         close(on_gpu, on_cpu)
 
 
+def test_a_contiguous_cache_in_a_graph_first() -> None:
+    """What the capture makes of page tables holds no numbers until it is replayed."""
+    caches, q = torch.randn(2, 4, 1040, 2, 128).bfloat16(), torch.randn(3, 1, 8, 128).bfloat16()
+    lengths = torch.randint(1, 1040, (3,)).int()
+    on_gpu, held = caches.cuda(), (q.cuda(), lengths.cuda())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fa.flash_attn_with_kvcache(held[0], *on_gpu, cache_seqlens=held[1])
+    eager = fa.flash_attn_with_kvcache(held[0], *on_gpu, cache_seqlens=held[1])
+    close(eager, fa.flash_attn_with_kvcache(q, *caches, cache_seqlens=lengths))
+    graph.replay()
+    assert torch.equal(out, eager)
+
+
 def test_varlen_with_a_block_table() -> None:
     q, (k, v) = torch.randn(41, 8, 64).bfloat16(), torch.randn(2, 30, 16, 2, 64).bfloat16()
     sums = torch.tensor([0, 40, 41], dtype=torch.int32), torch.tensor([0, 100, 177], dtype=torch.int32)

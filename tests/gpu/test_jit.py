@@ -116,6 +116,16 @@ def test_a_tensor_map_in_a_new_thread() -> None:
     assert bytes(found) == bytes(jit.tensor_map(*described))
 
 
+def test_a_moved_tensor_map_is_that_of_the_other_tensor() -> None:
+    one, other = torch.randn(2, 40, 64, device="cuda")
+    maps = [
+        jit.tensor_map(x.data_ptr(), "float32", (64, 40), (256,), (16, 8), swizzle=64) for x in (one, other)
+    ]
+    assert bytes(jit.moved(maps[0], other.data_ptr())) == bytes(maps[1])
+    with ThreadPoolExecutor(1) as pool:
+        assert bytes(pool.submit(jit.moved, maps[1], one.data_ptr()).result()) == bytes(maps[0])
+
+
 def test_refused_launches_name_the_kernel_and_the_driver_s_reason(axpy: Path) -> None:
     x = torch.ones(64, device="cuda")
     add = jit.kernel(axpy, "axpy")

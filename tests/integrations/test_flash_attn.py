@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 
 import pytest
 import torch
@@ -148,6 +149,18 @@ def test_slices_of_a_longer_cache() -> None:
             torch.testing.assert_close(k_cache[row, end:], before[row, end:])
             expected = reference(q[i], k_cache[row, :end], v_cache[row, :end], True)
             torch.testing.assert_close(out[i], expected, atol=2e-6, rtol=0)
+
+
+def test_the_first_rows_of_several_caches() -> None:
+    """Calls in turn over caches of other sizes, some with more rows than queries."""
+    calls = [(batch, stored, kv_max) for batch in (1, 3) for stored in (3, 5) for kv_max in (24, 25, 32)]
+    for batch, stored, kv_max in random.sample(2 * calls, 2 * len(calls)):
+        k_cache, v_cache = torch.randn(2, stored, kv_max, 2, 8)
+        q, lengths = torch.randn(batch, 2, 4, 8), torch.randint(2, kv_max + 1, (batch,)).int()
+        out = fa.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, causal=True)
+        for row, n in enumerate(lengths.tolist()):
+            expected = reference(q[row], k_cache[row, :n], v_cache[row, :n], True)
+            torch.testing.assert_close(out[row], expected, atol=2e-6, rtol=0)
 
 
 def test_paged_cache() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from strobe.attention.paged import Tiles
+from strobe.attention.plan import contiguous_strides
 from strobe.attention.problem import AttentionProblem, Paged
 from strobe.cuda import jit
 from strobe.errors import ProblemError
@@ -63,9 +64,9 @@ class Params(ctypes.Structure):
 
 
 class PagedLaunch:
-    """Calls of one problem on tensors of one signature: packed once, only addresses change.
+    """Calls of one problem on tensors of one signature, q's among them: packed once, only addresses change.
 
-    `scratch`, where there is one, is asked at each call for the kernel's partials.
+    `scratch`, where there is one, is asked at each call for the kernel's partials, on a stream.
     """
 
     def __init__(
@@ -73,14 +74,22 @@ class PagedLaunch:
         problem: AttentionProblem,
         tiles: Tiles,
         params: Params,
+        q: torch.Tensor,
         launch: Callable[[list[Any]], jit.Launch],
-        scratch: Callable[[], torch.Tensor] | None = None,
+        scratch: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         self._tiles, self._params, self._scratch = tiles, params, scratch
         self._sinks, self._dense = problem.sinks, not problem.paged
         self._launch = launch([jit.TensorMap(), jit.TensorMap(), params])
         self._maps: dict[tuple[str, int], jit.TensorMap | None] = {}
+        self._first: dict[str, jit.TensorMap] = {}
         self._lock = Lock()
+        self._device, self._stream_of = q.get_device(), torch._C._cuda_getCurrentRawStream
+        self._out_strides = problem.q_heads * problem.head_dim, problem.head_dim
+        self._q_strides = _token_strides(q)
+        params.out_token_stride, params.out_head_stride = self._out_strides
+        lse_strides = contiguous_strides(problem.lse_shape(q.shape[0]))
+        params.lse_row_stride, params.lse_head_stride = lse_strides[0], lse_strides[-2]
 
     def __call__(
         self,
@@ -95,43 +104,49 @@ class PagedLaunch:
         Raises:
             ProblemError: pages in other strides.
         """
-        params = self._params
-        q, out = q.reshape(-1, *q.shape[-2:]), out.view(-1, *out.shape[-2:])
-        token, head, _ = q.stride()
-        if (token | head) % 2 or q.data_ptr() % 4:  # features are read in pairs
-            q = q.clone(memory_format=torch.contiguous_format)
+        params, q_strides = self._params, self._q_strides
+        if q_strides is None or q.data_ptr() % 4:
+            q, q_strides = q.clone(memory_format=torch.contiguous_format), self._out_strides
         sinks = None if self._sinks is None else self._sinks.float().contiguous()
         k_map, v_map = self._map("k", k), self._map("v", v)
         if k_map is None or v_map is None:
             k, v = (x.clone(memory_format=torch.contiguous_format) for x in (k, v))
             k_map, v_map = tensor_map("k", k, self._tiles), tensor_map("v", v, self._tiles)
+        stream = self._stream_of(self._device)
         with self._lock:
             params.q, params.out = q.data_ptr(), out.data_ptr()
-            params.q_token_stride, params.q_head_stride, _ = q.stride()
-            params.out_token_stride, params.out_head_stride, _ = out.stride()
+            params.q_token_stride, params.q_head_stride = q_strides
             params.sinks = None if sinks is None else sinks.data_ptr()
             params.lse = None if lse is None else lse.data_ptr()
-            if lse is not None:
-                params.lse_row_stride, params.lse_head_stride = lse.stride(0), lse.stride(-2)
             if self._scratch is not None:
-                params.partials = self._scratch().data_ptr()
+                params.partials = self._scratch(stream).data_ptr()
             self._launch.point(0, ctypes.addressof(k_map))
             self._launch.point(1, ctypes.addressof(v_map))
-            self._launch()
+            self._launch.on(stream)
 
     def _map(self, name: str, pages: torch.Tensor) -> jit.TensorMap | None:
         """None: dense, and not as bulk copies can read it."""
-        key = name, pages.data_ptr()
+        address = pages.data_ptr()
         try:
-            return self._maps[key]
+            return self._maps[name, address]
         except KeyError:
             pass
-        copied = self._dense and not _readable(pages)
-        found = None if copied else tensor_map(name, pages, self._tiles)
+        found, first = None, self._first.get(name)
+        if first is not None and not address % 16:
+            found = jit.moved(first, address)
+        elif not self._dense or _readable(pages):
+            found = self._first[name] = tensor_map(name, pages, self._tiles)
         if len(self._maps) >= _MAPS:
             self._maps = {}
-        self._maps[key] = found
+        self._maps[name, address] = found
         return found
+
+
+def _token_strides(q: torch.Tensor) -> tuple[int, int] | None:
+    """How far apart tokens and heads are; None where q must be copied: features are read in pairs."""
+    tokens = q.flatten(0, -3)
+    token, head, _ = tokens.stride()
+    return None if tokens.data_ptr() != q.data_ptr() or (token | head) % 2 else (token, head)
 
 
 def tensor_map(name: str, pages: torch.Tensor, tiles: Tiles) -> jit.TensorMap:

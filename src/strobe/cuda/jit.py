@@ -46,12 +46,12 @@ from strobe.cuda import driver, nvrtc
 from strobe.cuda.cubin import Cubin, Resources, arch_number
 from strobe.cuda.launch import Dim, Kernel, Launch
 from strobe.cuda.nvrtc import Define, supported_archs
-from strobe.cuda.tensor_map import TensorMap, tensor_map
+from strobe.cuda.tensor_map import TensorMap, moved, tensor_map
 from strobe.device import gpu, resolve
 
 __all__ = [
     "SCALAR", "Cubin", "Define", "Dim", "Kernel", "Launch", "Resources", "Source", "TensorMap",
-    "arch_number", "arch_of", "compile", "kernel", "supported_archs", "tensor_map", "warm",
+    "arch_number", "arch_of", "compile", "kernel", "moved", "supported_archs", "tensor_map", "warm",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)

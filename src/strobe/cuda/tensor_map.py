@@ -54,10 +54,7 @@ def tensor_map(
     Raises:
         DeviceError: the driver refuses the shape; the message names it.
     """
-    rank = len(sizes)
-    # The driver wants its output on 64 bytes; ctypes gives 8.
-    room = (ctypes.c_char * (ctypes.sizeof(TensorMap) + 64))()
-    result = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
+    rank, result = len(sizes), _unset()
     described = (
         ctypes.addressof(result),
         _DTYPES[dtype],
@@ -72,16 +69,46 @@ def tensor_map(
         _L2_PROMOTIONS[l2_promotion],
         _OUT_OF_BOUNDS[out_of_bounds],
     )
-    status = _encode()(*described)
-    if status == driver.ERROR_INVALID_CONTEXT:
-        driver.make_current()
-        status = _encode()(*described)
-    if status:
+    if status := _called(_encode(), *described):
         raise DeviceError(
             f"no tensor map of {dtype} sizes {sizes}, strides {strides_bytes} B, box {box}, "
             f"swizzle {swizzle}: {driver.describe(status)}"
         )
     return result
+
+
+def moved(like: TensorMap, pointer: int) -> TensorMap:
+    """The map of a tensor that differs in its address alone, 16-byte aligned (cuTensorMapReplaceAddress).
+
+    Raises:
+        DeviceError: the driver refuses the address.
+    """
+    result = _unset()
+    ctypes.memmove(ctypes.addressof(result), ctypes.addressof(like), ctypes.sizeof(TensorMap))
+    if status := _called(_replace_address(), ctypes.addressof(result), pointer):
+        raise DeviceError(f"no tensor map at {pointer:#x}: {driver.describe(status)}")
+    return result
+
+
+def _called(function: Callable[..., int], *arguments: object) -> int:
+    """Its status, in a thread that may have made no CUDA call yet."""
+    status = function(*arguments)
+    if status == driver.ERROR_INVALID_CONTEXT:
+        driver.make_current()
+        status = function(*arguments)
+    return status
+
+
+def _unset() -> TensorMap:
+    """On 64 bytes, where the driver wants it; ctypes gives 8."""
+    room = (ctypes.c_char * (ctypes.sizeof(TensorMap) + 64))()
+    return TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
+
+
+@cache
+def _replace_address() -> Callable[..., int]:
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(driver.function_address("cuTensorMapReplaceAddress", 12000))
 
 
 @cache

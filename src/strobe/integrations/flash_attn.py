@@ -9,7 +9,6 @@ not contiguous are copied; caches are not. Runs on a CPU as well.
 
 from __future__ import annotations
 
-import math
 from numbers import Integral
 from typing import Any, cast
 
@@ -18,10 +17,10 @@ import torch
 from strobe.attention.api import attention
 from strobe.attention.problem import Packed, Paged
 from strobe.errors import ProblemError
+from strobe.integrations import contiguous_cache
 
 Tensor = torch.Tensor
 NO_WINDOW = (-1, -1)
-_LARGEST_PAGE = 256
 
 
 def flash_attn_func(
@@ -143,9 +142,9 @@ def flash_attn_with_kvcache(
         raise ProblemError("k and v without cache_seqlens; supported: with the number of keys before them")
     batch, q_len = q.shape[:2]
     if block_table is None:
-        rows = torch.arange(batch, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        _check_index("cache_batch_idx", rows, [batch], q.device, torch.int32, torch.int64)
-        k_cache, v_cache, table = _pages(k_cache, v_cache, rows)
+        if cache_batch_idx is not None:
+            _check_index("cache_batch_idx", cache_batch_idx, [batch], q.device, torch.int32, torch.int64)
+        k_cache, v_cache, table = contiguous_cache.pages(k_cache, v_cache, batch, cache_batch_idx)
     else:
         table = block_table
         _check_index("block_table", table, [batch, "pages"], q.device, torch.int32)
@@ -162,11 +161,14 @@ def flash_attn_with_kvcache(
             k = _rotate(k, rotary_cos, rotary_sin, before, rotary_interleaved, step=1)
             moves = causal or tuple(window_size) != NO_WINDOW
             q = _rotate(q, rotary_cos, rotary_sin, before, rotary_interleaved, step=1 if moves else 0)
-        at = before[:, None].long() + torch.arange(new_len, device=q.device)
-        pages = table.long().gather(1, at // page_size)
-        k_cache[pages, at % page_size] = k.to(k_cache.dtype)
-        v_cache[pages, at % page_size] = v.to(v_cache.dtype)
-    layout = Paged(table, before + new_len, max_q_len=q_len, max_kv_len=room)
+        at = before[:, None].long()
+        if new_len != 1:
+            at = at + torch.arange(new_len, device=q.device)
+        slots = table.gather(1, at // page_size).long(), at % page_size
+        k_cache[slots] = k.to(k_cache.dtype)
+        v_cache[slots] = v.to(v_cache.dtype)
+    lens = before + new_len if new_len else before
+    layout = Paged(table, lens, max_q_len=q_len, max_kv_len=room)
     return attention(
         _contiguous(q),
         k_cache,
@@ -203,34 +205,6 @@ def _check_new(
     if rotary_cos.shape != rotary_sin.shape or rotary_cos.dim() != 2 or 2 * rotary_cos.shape[1] > q.shape[-1]:
         given = f"rotary_cos is {list(rotary_cos.shape)}, rotary_sin {list(rotary_sin.shape)}"
         raise ProblemError(f"{given}; supported: [positions, up to {q.shape[-1] // 2}] both")
-
-
-def _pages(k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Caches `[batch_cache, kv_max, ...]` seen as pages, and the page table of these rows of them.
-
-    Rows of a slice of a longer cache stand further apart than kv_max: what lies between has page numbers
-    too, which no table holds. Where rows are not whole pages apart, each is one page.
-    """
-    batch, kv_max = k_cache.shape[:2]
-    apart = _tokens_apart(k_cache) if batch > 1 else kv_max
-    if not kv_max or apart < kv_max or (batch > 1 and apart != _tokens_apart(v_cache)):
-        return k_cache, v_cache, rows.to(torch.int32)[:, None]
-    page_size = math.gcd(_LARGEST_PAGE, kv_max, apart)
-    count = ((batch - 1) * apart + kv_max) // page_size
-    k_pages, v_pages = (
-        cache.as_strided(
-            (count, page_size, *cache.shape[2:]), (page_size * cache.stride(1), *cache.stride()[1:])
-        )
-        for cache in (k_cache, v_cache)
-    )
-    pages = torch.arange(kv_max // page_size, dtype=torch.int32, device=k_cache.device)
-    return k_pages, v_pages, rows.to(torch.int32)[:, None] * (apart // page_size) + pages
-
-
-def _tokens_apart(cache: Tensor) -> int:
-    """Tokens from the start of a row to the next row's; 0 where that is no whole number of them."""
-    row, token = cache.stride()[:2]
-    return row // token if token and row % token == 0 else 0
 
 
 def _lengths(cache_seqlens: int | Tensor | None, batch: int, room: int, device: torch.device) -> Tensor:

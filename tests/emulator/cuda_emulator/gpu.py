@@ -58,7 +58,12 @@ def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iter
             "_cuda_getCurrentRawStream": lambda _: 0,
             "_cuda_isCurrentStreamCapturing": lambda: False,
         },
-        jit: {"kernel": kernel.kernel, "tensor_map": tensor_map.tensor_map, "arch_of": lambda *_: "sm_90a"},
+        jit: {
+            "kernel": kernel.kernel,
+            "tensor_map": tensor_map.tensor_map,
+            "moved": tensor_map.moved,
+            "arch_of": lambda *_: "sm_90a",
+        },
         plan: {
             "recent": lambda *_: None
         },  # which compares tensors as they are, not as the mode below has them

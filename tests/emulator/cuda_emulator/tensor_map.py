@@ -67,3 +67,12 @@ def tensor_map(
         made.sizes[i], made.box[i] = (sizes[i], box[i]) if i < rank else (1, 1)
         made.strides[i] = size if i == 0 else strides_bytes[i - 1] if i < rank else 0
     return found
+
+
+def moved(like: TensorMap, pointer: int) -> TensorMap:
+    """As `jit.moved`; refuses what cuTensorMapReplaceAddress refuses."""
+    if pointer % 16:
+        raise DeviceError(f"no tensor map at {pointer:#x}")
+    found = TensorMap.from_buffer_copy(like)
+    _Map.from_buffer(found).pointer = pointer
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Shape(paged.Tiles):
 
 def choose_shape(problem: AttentionProblem) -> Shape:
     """The same for every batch, so that a row's bits depend on its own length alone."""
-    shape = Shape(**asdict(paged.tiles(problem)), windowed=problem.window[0] >= 0)
+    shape = Shape(**vars(paged.tiles(problem)), windowed=problem.window[0] >= 0)
     return _choose(shape, problem.kv_heads * -(-problem.group * problem.q_len // shape.columns))
 
 
@@ -123,7 +123,7 @@ def prepare(
             programmatic=True,
         )
 
-    return PagedLaunch(problem, shape, params, launch)
+    return PagedLaunch(problem, shape, params, q, launch)
 
 
 def run(

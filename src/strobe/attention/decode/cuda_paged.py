@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Shape(paged.Tiles):
 
 def choose_shape(problem: AttentionProblem, sms: int = _SMS) -> Shape:
     """The shape that is fastest by measurement (docs/log.md)."""
-    return _choose(Shape(**asdict(paged.tiles(problem))), problem.kv_heads, problem.batch, sms)
+    return _choose(Shape(**vars(paged.tiles(problem))), problem.kv_heads, problem.batch, sms)
 
 
 @lru_cache(maxsize=4096)
@@ -110,9 +110,13 @@ def prepare(
             programmatic=True,
         )
 
-    where, layout = q.device, problem.layout
+    size, layout = 3 * blocks * shape.partial_bytes + 16, problem.layout  # KINDS of partials.cuh
     captured = layout.scratch if isinstance(layout, Paged) else dense.captured
-    return PagedLaunch(problem, shape, params, launch, lambda: _partials(captured, where, shape, blocks))
+
+    def partials(stream: int) -> torch.Tensor:
+        return _partials(captured, device, stream, size, blocks)
+
+    return PagedLaunch(problem, shape, params, q, launch, partials)
 
 
 def run(
@@ -150,7 +154,7 @@ def sources(arch: str) -> list[jit.Source]:
 _per_stream: dict[Any, torch.Tensor] = {}
 
 
-def _partials(captured: dict[Any, Any], where: torch.device, shape: Shape, blocks: int) -> torch.Tensor:
+def _partials(captured: dict[Any, Any], device: int, stream: int, size: int, blocks: int) -> torch.Tensor:
     """Room for the blocks' partials and the counter that numbers them, which every launch leaves as it found
     them: all bits one, or for the counter where the next launch of as many blocks begins.
 
@@ -158,16 +162,14 @@ def _partials(captured: dict[Any, Any], where: torch.device, shape: Shape, block
     `captured`: the graph empties it, and it lives in the graph's memory. No other graph may use it, which
     could be replayed before this one and would find it unwritten.
     """
-    size = 3 * blocks * shape.partial_bytes + 16  # KINDS of partials.cuh
     kept: dict[Any, torch.Tensor] = _per_stream
-    stream = torch.cuda.current_stream(where).cuda_stream
-    key: Any = (where, stream, size, blocks)
-    if torch.cuda.is_current_stream_capturing():
+    key: Any = (device, stream, size, blocks)
+    if stream and torch.cuda.is_current_stream_capturing():  # the default stream, 0, cannot be captured
         kept, key = captured, ("cuda_paged", _capture_id(stream), size, blocks)
     if key not in kept:
         if kept is dense.captured and any(other[1] != key[1] for other in kept):
             kept.clear()
-        kept[key] = torch.full((size,), 0xFF, dtype=torch.uint8, device=where)
+        kept[key] = torch.full((size,), 0xFF, dtype=torch.uint8, device=f"cuda:{device}")
     return kept[key]
 
 
