@@ -91,6 +91,24 @@ def test_planned_calls_follow_their_tensors() -> None:
             assert judged.right, str(judged)
 
 
+@pytest.mark.parametrize("keys", [slice(None), slice(128), slice(256, None)], ids=str)
+@pytest.mark.parametrize("offset", [-400.0, -20.0, 20.0, 400.0])
+def test_scores_far_from_zero(offset: float, keys: slice) -> None:
+    """For two rows of three, of all keys, of the first or of the last: whichever a consumer begins with."""
+    case = Case("far", ((200, 390),), 2, 1, 128, causal=random.choice([False, True]))
+    inputs = case.inputs(torch.bfloat16, seed=random.randrange(2**31))
+    inputs.q[..., 0] = 128**0.5  # 1 / scale
+    inputs.q[:, ::3, :, 0] = 0.0
+    inputs.k[..., 0] = 0.0
+    inputs.k[:, keys, :, 0] = offset
+    out = torch.full_like(inputs.q, float("nan"))
+    lse = empty_lse(inputs.problem, inputs.q).fill_(float("nan"))
+    with emulated_gpu(2):
+        cuda_hopper.run(inputs.problem, inputs.q, inputs.k, inputs.v, out, lse)
+    judged = verdict(inputs.problem, inputs.q, inputs.k, inputs.v, out, lse)
+    assert judged.right, str(judged)
+
+
 WAYS = [
     (64, Tile(bulk_store=True)),
     (64, Tile(consumers=3, bulk_store=True)),

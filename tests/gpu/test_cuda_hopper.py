@@ -69,6 +69,20 @@ def test_three_consumers(case: Case) -> None:
     assert judged.right, judged
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("offset", [-400.0, 400.0])
+def test_scores_far_from_zero(offset: float, causal: bool) -> None:
+    """For two rows of three, and for the keys that a consumer begins with: at either end."""
+    inputs = Case("far", ((300, 1100),) * 2, 8, 4, 128, causal=causal).inputs(torch.bfloat16, "cuda")
+    inputs.q[..., 0] = 128**0.5  # 1 / scale
+    inputs.q[:, ::3, :, 0] = 0.0
+    for keys in (slice(None), slice(128), slice(1024, None)):
+        inputs.k[..., 0] = 0.0
+        inputs.k[:, keys, :, 0] = offset
+        judged = judge(inputs)
+        assert judged.right, judged
+
+
 WAYS = {
     "plain": Tile(),
     "bulk_store": Tile(bulk_store=True),

@@ -75,34 +75,34 @@ struct Consumer : Results {
   }
 
   // All key tiles after the first: those at the window's left end, the full ones, those of the diagonal; or from right to
-  // left. The bounds stay in shared memory: registers are short.
+  // left.
   __device__ __forceinline__ void steps(const Work& work, Softmax& softmax) {
     // Three loops would spill there: one masks them all.
     constexpr bool MASK_ALL = HEAD_DIM == 256 && HAS_LEFT && HAS_RIGHT;
-    const KeyTiles& keys = work.keys_of(consumer);
+    const Bounds keys = work.keys_of(consumer);
     int n = first_of(keys) + NEXT;
     if constexpr (ASCENDING) {
       if constexpr (!MASK_ALL) {
         if (HAS_LEFT)
-          for (; n < keys.full_begin; ++n) step<true>(work, softmax, n);
-        for (; n < keys.full_end; ++n) step<false>(work, softmax, n);
+          for (; n < keys.full_begin; ++n) step<true>(work, softmax, keys, n);
+        for (; n < keys.full_end; ++n) step<false>(work, softmax, keys, n);
       }
-      for (; n < keys.end; ++n) step<true>(work, softmax, n);
+      for (; n < keys.end; ++n) step<true>(work, softmax, keys, n);
     } else {
       if (HAS_RIGHT)
-        for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, n);
-      for (; n >= (HAS_LEFT ? keys.full_begin : keys.begin); --n) step<false>(work, softmax, n);
+        for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, keys, n);
+      for (; n >= (HAS_LEFT ? keys.full_begin : keys.begin); --n) step<false>(work, softmax, keys, n);
       if (HAS_LEFT)
-        for (; n >= keys.begin; --n) step<true>(work, softmax, n);
+        for (; n >= keys.begin; --n) step<true>(work, softmax, keys, n);
     }
     if (keys.begin == keys.end - 1) leave_q();
   }
 
   // The scores of key tile n, and under them the output of the tile before.
   template <bool MASKED>
-  __device__ __forceinline__ void step(const Work& work, Softmax& softmax, int n) {
+  __device__ __forceinline__ void step(const Work& work, Softmax& softmax, const KeyTiles& keys, int n) {
     take_turn();
-    if (n == last_of(work.keys_of(consumer))) leave_q();
+    if (n == last_of(keys)) leave_q();
     cap_scores();
     if (MASKED) mask_scores(work, n);
     const bool raised = weigh<false>(softmax);
@@ -112,13 +112,14 @@ struct Consumer : Results {
       for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
     }
     take_weights();
-    if (BULK_STORE && n == first_of(work.keys_of(consumer)) + NEXT) free_q();
+    if (BULK_STORE && n == first_of(keys) + NEXT) free_q();
   }
 
   // The next work's first scores, and under them the last output of this one.
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
     if (BULK_STORE && work.keys_of(consumer).begin == work.keys_of(consumer).end - 1) free_q();
     if (OWN_KEYS) pass_keys(work);
+    if (SHORT_WORKS) settle(work, softmax);
     s.q_full[q_ring.stage][consumer].wait(q_ring.parity);
     take_turn();
     if constexpr (!OVERLAP) {
@@ -141,6 +142,7 @@ struct Consumer : Results {
   __device__ __forceinline__ void finish(const Work& work, Softmax& softmax) {
     pin(out);
     issue_out();
+    if (SHORT_WORKS) settle(work, softmax);
     wgmma_wait<0>();
     out_done();
     if (OWN_KEYS && !FOLDED) pass_over(work);

@@ -48,6 +48,8 @@ struct Outgoing<true> {
 };
 
 struct Results : Outgoing<BULK_STORE>, Products {
+  float inverse[2];  // of the rows' sums, once settled
+
   __device__ __forceinline__ Results(const Params& p, Shared& s, const TensorMap& out)
       : Outgoing<BULK_STORE>(out), Products(p, s) {}
 
@@ -77,14 +79,7 @@ struct Results : Outgoing<BULK_STORE>, Products {
   // The same by way of shared memory, where this work's q was: no consumer reads that any more, and the copy engine
   // keeps to the tensor's rows.
   __device__ __forceinline__ void store_in_bulk(const Work& work, Softmax& softmax) {
-    const float sink_log2 = SINKS ? p.sinks[work.head] * LOG2E : NEG_INF;
-    float inverse[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float lse;
-      softmax.finish(half, sink_log2, inverse[half], lse);
-      if (lane() % 4 == 0) p.store_lse(work, token_of(work, half), lse);
-    }
+    if (!SHORT_WORKS) settle(work, softmax);
     const int stage = (q_ring.stage + Q_STAGES - 1) % Q_STAGES;
     scalar_t* const tile = s.q[stage][consumer];
     const int row = threadIdx.x % 128 / 32 * 16 + lane() % 16;
@@ -101,6 +96,17 @@ struct Results : Outgoing<BULK_STORE>, Products {
     fence_async_shared();
     meet();
     leave(tile, stage, work.q_first_of(consumer), work.head, work.batch);
+  }
+
+  // Ahead of a store in bulk: lse, and what out is to be multiplied by.
+  __device__ __forceinline__ void settle(const Work& work, const Softmax& softmax) {
+    const float sink_log2 = SINKS ? p.sinks[work.head] * LOG2E : NEG_INF;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float lse;
+      softmax.finish(half, sink_log2, inverse[half], lse);
+      if (lane() % 4 == 0) p.store_lse(work, token_of(work, half), lse);
+    }
   }
 
   // The last results have left the place of a q, which is free again.

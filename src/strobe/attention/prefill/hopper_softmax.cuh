@@ -1,9 +1,9 @@
 // Scores to weights: online softmax that looks for a row's maximum only where its weights have grown too large.
 //
-// Defines: SINKS, scalar_t.
+// Defines: as cuda_hopper.cu.
 #pragma once
 
-#include "types.cuh"
+#include "hopper_work.cuh"
 
 // Online softmax of a consumer's rows; a thread holds columns of row `lane / 4` of its warp's 16 and of the eighth
 // after it. Weights are 2^(score * scale_log2 - shift). out / sum does not depend on the shift, which only has to
@@ -20,12 +20,18 @@ struct Softmax {
   // Weights of the scores, packed; true where the shift was raised, so that out must be scaled by `factor`.
   template <bool FIRST, int N>
   __device__ __forceinline__ bool weigh(const float (&scores)[N], u32 (&weights)[N / 2]) {
-    constexpr float ENOUGH = 4096.f;  // of a thread's weights: each is then far within f16, which ends at 65504
+    // Of a thread's weights: each is then far within f16, which ends at 65504, or within bf16 as it is.
+    constexpr float MOST = FROM_ZERO ? 0x1p32f : 0x1p12f, LEAST = 0x1p-32f;
     float added[2];
     bool raised = true;
-    if (!FIRST) {
+    if (FIRST && FROM_ZERO) {
+      const float zero[2] = {0.f, 0.f};
+      exponentials(scores, weights, zero, added);
+      raised = __any_sync(~0u, !(added[0] + added[1] < MOST && fminf(added[0], added[1]) > LEAST));
+      if (!raised) shift[0] = shift[1] = 0.f;
+    } else if (!FIRST) {
       exponentials(scores, weights, shift, added);  // infinite or NaN where the row has seen no key
-      raised = __any_sync(~0u, !(added[0] + added[1] < ENOUGH));
+      raised = __any_sync(~0u, !(added[0] + added[1] < MOST));
     }
     if (raised) {
       raise(scores);
@@ -68,7 +74,7 @@ struct Softmax {
   }
 
   // What out is to be multiplied by, and lse. `sink_log2` is one more exponent in the sum (-inf: none).
-  __device__ __forceinline__ void finish(int half, float sink_log2, float& inverse, float& lse) {
+  __device__ __forceinline__ void finish(int half, float sink_log2, float& inverse, float& lse) const {
     float total = sum[half];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
@@ -78,7 +84,7 @@ struct Softmax {
       scale = top == NEG_INF ? 0.f : fast_exp2(shift[half] - top);
       total = total * scale + (top == NEG_INF ? 0.f : fast_exp2(sink_log2 - top));
     }
-    inverse = total == 0.f ? 0.f : scale / total;
+    inverse = total == 0.f ? 0.f : SHORT_WORKS ? __fdividef(scale, total) : scale / total;
     lse = top * LN2 + __logf(total);
   }
 };

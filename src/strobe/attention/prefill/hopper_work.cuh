@@ -34,6 +34,16 @@ constexpr bool ASCENDING = HAS_RIGHT && !FOLDED && (HEAD_DIM != 128 || BULK_STOR
 constexpr int NEXT = ASCENDING ? 1 : -1;
 constexpr bool OWN_KEYS = FOLDED || (ASCENDING && K_TILE <= ROWS);  // a consumer leaves out tiles that it does not see
 constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own consumer's products: takes more registers
+// Two consumers that store in bulk work on rows of few key tiles. What a consumer does when it changes works is not
+// hidden, since the other one does the same then: there it does less, by more code.
+constexpr bool SHORT_WORKS = BULK_STORE && OVERLAP;
+template <class T>
+constexpr bool WIDE_RANGE = false;
+template <>
+constexpr bool WIDE_RANGE<bf16> = true;
+// A work's first weights are taken against 0, and against maxima where their sum is far from 1. f16 has no range for
+// that; and of a diagonal that comes first some threads see nothing, so they could not tell.
+constexpr bool FROM_ZERO = SHORT_WORKS && WIDE_RANGE<scalar_t> && (ASCENDING || !HAS_RIGHT);
 
 static_assert(!BULK_STORE || (Q_STAGES > 1 && CONSUMERS > 1 && !PACKED_Q),
               "results wait where q was; a row's end is the tensor's");
@@ -45,6 +55,17 @@ static_assert(KEYLESS || (!PACKED_Q && !FOREIGN_ROWS), "lengths that only the de
 
 __device__ __forceinline__ int first_of(const KeyTiles& keys) { return ASCENDING ? keys.begin : keys.end - 1; }
 __device__ __forceinline__ int last_of(const KeyTiles& keys) { return ASCENDING ? keys.end - 1 : keys.begin; }
+
+// A consumer's bounds while it goes through them: in registers, or in shared memory where registers are short.
+template <bool>
+struct BoundsIn {
+  using Type = const KeyTiles&;
+};
+template <>
+struct BoundsIn<true> {
+  using Type = KeyTiles;
+};
+using Bounds = BoundsIn<SHORT_WORKS>::Type;
 
 struct Work;
 
