@@ -51,6 +51,20 @@ def test_a_wrong_kernel_has_no_speed() -> None:
     assert "ms" not in row
 
 
+def test_a_peer_that_fails_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(inputs: object) -> Callable[[], torch.Tensor]:
+        raise RuntimeError("no such shape")
+
+    ours = of_rung(ladder.find("torch_naive", "prefill"))
+    (row,) = measure_all(
+        [SMALL], [Provider("peer", lambda _: [], fails), ours], "float32", "cpu", budget_ms=1
+    )
+    assert row["provider"] == "strobe:torch_naive"
+    assert "peer failed and is left out: no such shape" in caplog.text
+    with pytest.raises(RuntimeError, match="no such shape"):
+        list(measure_all([SMALL], [Provider("strobe:ours", lambda _: [], fails)], "float32", "cpu"))
+
+
 def test_without_a_budget_answers_are_checked_and_nothing_is_timed() -> None:
     providers = [of_rung(ladder.find("torch_naive", "prefill"))]
     (row,) = measure_all([SMALL], providers, "float32", "cpu", budget_ms=None)

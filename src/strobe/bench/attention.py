@@ -45,6 +45,10 @@ class Provider:
     bind: Callable[[Inputs], Callable[[], torch.Tensor]]
     source: Callable[[AttentionProblem], jit.Source] | None = None
 
+    @property
+    def is_rung(self) -> bool:
+        return self.name.startswith("strobe:")
+
 
 def of_rung(
     rung: ladder.Rung, tile_sizes: Mapping[str, int] | None = None, *, settled: bool = False
@@ -125,7 +129,7 @@ def measure_all(
 ) -> Iterator[Row]:
     """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
 
-    A case's providers take turns. Prefill is timed call by call with the L2 cache flushed; decode, and
+    A peer that fails is told of and left out. A case's providers take turns. Prefill is timed call by call with the L2 cache flushed; decode, and
     with `replay` prefill too, by CUDA-graph replay over inputs that together outgrow it. Peak memory is
     what a call allocates beyond its inputs and its output. Without a budget nothing is timed.
 
@@ -151,7 +155,13 @@ def measure_all(
                     )
                 continue
             start = time.perf_counter()
-            row = _checked(case, dtype, provider, inputs, answers)
+            try:
+                row = _checked(case, dtype, provider, inputs, answers)
+            except Exception as error:
+                if provider.is_rung:
+                    raise
+                _log.warning("%s: %s failed and is left out: %s", case, provider.name, error)
+                continue
             _log.info("%s: %s checked in %.1f s", case, provider.name, time.perf_counter() - start)
             rows.append(row)
             if row["checked"] and budget_ms:  # a wrong answer has no speed

@@ -97,7 +97,7 @@ def measure(
     from strobe.bench.ceilings import ceilings
 
     rows: list[Row] = []
-    peers = [each.name for each in chosen if not each.name.startswith("strobe:")]
+    peers = [each.name for each in chosen if not each.is_rung]
     strict = kernel != "all" and not peers
     roof = ceilings(where, dtype)
     bar, task = console.progress(len(cases), "shapes")
