@@ -129,9 +129,10 @@ def measure_all(
 ) -> Iterator[Row]:
     """A row for each case and provider that does not refuse it; `strict` raises at a refusal.
 
-    A peer that fails is told of and left out. A case's providers take turns. Prefill is timed call by call with the L2 cache flushed; decode, and
-    with `replay` prefill too, by CUDA-graph replay over inputs that together outgrow it. Peak memory is
-    what a call allocates beyond its inputs and its output. Without a budget nothing is timed.
+    A peer that fails is told of and left out. A case's providers take turns. Prefill is timed call by call
+    with the L2 cache flushed; decode, and with `replay` prefill too, by CUDA-graph replay over inputs that
+    together outgrow it. Peak memory is what a call allocates beyond its inputs and its output. Without a
+    budget nothing is timed.
 
     Raises:
         KernelRefusedError: with `strict`, the first refusal.
