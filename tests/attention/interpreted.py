@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime import interpreter
 
-from strobe.attention.api import empty_lse
+from strobe.attention.api import attention
 from strobe.attention.cases import CORRECTNESS, Case, Inputs
 from strobe.attention.check import verdict
 from strobe.attention.prefill import triton_fused
@@ -34,9 +34,8 @@ def judge(inputs: Inputs) -> dict[str, Any]:
     problem = inputs.problem
     if reasons := triton_fused.refusals(problem):
         return {"right": False, "why": f"refused: {reasons}"}
-    out = torch.full_like(inputs.q, float("nan"))
-    lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-    triton_fused.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
+    given = inputs.q, inputs.k, inputs.v
+    out, lse = attention(*given, **inputs.options, kernel="triton_fused", return_lse=True)
     judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
     return {"right": judged.right, "why": str(judged)}
 

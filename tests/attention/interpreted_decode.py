@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from interpreted import allow_new_numpy
 
-from strobe.attention.api import empty_lse
+from strobe.attention.api import attention
 from strobe.attention.cases import CORRECTNESS, Case
 from strobe.attention.check import verdict
 from strobe.attention.decode import triton_split
@@ -23,9 +23,8 @@ def judge(case: Case) -> dict[str, object] | None:
     problem = inputs.problem
     if triton_split.refusals(problem):
         return None
-    out = torch.full_like(inputs.q, float("nan"))
-    lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-    triton_split.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
+    given = inputs.q, inputs.k, inputs.v
+    out, lse = attention(*given, **inputs.options, kernel="decode/triton_split", return_lse=True)
     judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
     return {"right": judged.right, "why": str(judged)}
 

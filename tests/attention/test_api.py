@@ -160,6 +160,14 @@ def test_explain_gives_every_rung_a_verdict() -> None:
     assert verdicts["prefill/torch_naive"] == []
 
 
+def test_what_a_rung_offers_is_its_own() -> None:
+    """A name that a module imports for itself must not pass for one that the ladder asks for."""
+    for rung in ladder.RUNGS.values():
+        for name in ("run", "prepare", "source", "choose_shape", "suits"):
+            offered = getattr(rung.module, name, None)
+            assert offered is None or offered.__module__ == rung.module.__name__, f"{rung}: {name}"
+
+
 def test_every_rung_says_its_idea_in_a_line() -> None:
     ideas = [rung.idea for rung in ladder.RUNGS.values()]
     assert all(idea and "\n" not in idea for idea in ideas)

@@ -44,7 +44,7 @@ def test_arguments_are_packed_as_the_machine_code_takes_them(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(triton_fused, "prepare", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(triton_fused, "bind", lambda *args, **options: seen.append((args, options)))
     inputs = Case("", ((70, 90),) * 2, 4, 2, 64, causal=True).inputs(torch.bfloat16)
     rows = [triton_fused._as_rows(tensor) for tensor in (inputs.q, inputs.k, inputs.v)]
     config = triton_fused.OTHERS[-1]

@@ -36,6 +36,7 @@ def _wrong(rung: Rung, case: Case, dtype: torch.dtype, sm_count: int = 3) -> str
         if rung.refusals(problem) or not out.numel():
             return None
         lse = empty_lse(problem, inputs.q).fill_(float("nan"))
-        rung.run(problem, inputs.q, inputs.k, inputs.v, out, lse)
+        given = inputs.q, inputs.k, inputs.v
+        rung.prepare(problem, *given)(*given, out, lse)
         judged = verdict(problem, inputs.q, inputs.k, inputs.v, out, lse)
     return None if judged.right else f"{case!r}, {seed=}, {last_block_first=}: {judged}"

@@ -85,7 +85,7 @@ class Variant:
     stages: int
 
 
-def prepare(
+def bind(
     kernel: Kernel,
     grid: tuple[int, ...],
     arguments: Sequence[Argument],

@@ -50,6 +50,7 @@ def emulated_gpu(sm_count: int = 132, *, last_block_first: bool = False) -> Iter
             "get_device_properties": lambda *_: properties,
             "get_device_capability": lambda *_: (9, 0),
             "current_stream": lambda *_: stream,
+            "default_stream": lambda *_: stream,
             "is_current_stream_capturing": lambda: False,
             "synchronize": lambda *_: None,
         },

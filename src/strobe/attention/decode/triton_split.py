@@ -10,7 +10,7 @@ import torch
 
 from strobe.attention import one_query, triton
 from strobe.attention.problem import AttentionProblem, Paged
-from strobe.attention.triton_launch import Kernel, Stride, prepare
+from strobe.attention.triton_launch import Kernel, Stride, bind
 from strobe.device import gpu
 
 IDEA = "Triton: a key head's whole group of queries on tensor cores, keys split over programs, then a merge"
@@ -60,7 +60,7 @@ def run(
         "PAGE_SIZE": problem.page_size,
         "TILE": _tile(problem),
     }
-    prepare(_PARTIALS, (splits, problem.kv_heads, problem.batch), arguments, constants, stages=_STAGES)()
+    bind(_PARTIALS, (splits, problem.kv_heads, problem.batch), arguments, constants, stages=_STAGES)()
     merged = (
         *(o, m, total, out, out if lse is None else lse),
         *map(Stride, (out.stride(0), out.stride(2))),
@@ -71,7 +71,7 @@ def run(
         "SPLITS": 1 << (splits - 1).bit_length(),
         "WITH_LSE": lse is not None,
     }
-    prepare(_MERGE, (problem.q_heads, problem.batch), merged, constants)()
+    bind(_MERGE, (problem.q_heads, problem.batch), merged, constants)()
 
 
 def _splits(problem: AttentionProblem, programs: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from strobe.attention.problem import AttentionProblem, Packed, Paged
 from strobe.cuda import jit
 from strobe.cuda.driver import relaxed_capture
+from strobe.cuda.lasting import lasting
 
 ROWS = 64
 """Queries of a consumer."""
@@ -222,7 +223,7 @@ class Counters(dict[int, int]):
         return self._free.pop() if self._free else self._zeros(1).data_ptr()
 
     def _add(self) -> None:
-        slab = self._zeros(self.COUNT)
+        slab = lasting(partial(self._zeros, self.COUNT), self._device)
         with relaxed_capture():  # of other streams
             torch.cuda.current_stream(self._device).synchronize()
         self._slabs.append(slab)

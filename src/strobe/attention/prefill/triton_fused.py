@@ -11,7 +11,7 @@ import torch
 
 from strobe.attention import dense, triton, triton_tuned
 from strobe.attention.problem import UNLIMITED, AttentionProblem, Packed, Paged
-from strobe.attention.triton_launch import Kernel, LongStride, Rows, prepare
+from strobe.attention.triton_launch import Kernel, LongStride, Rows, bind
 from strobe.attention.triton_tuned import Config
 from strobe.device import Gpu, gpu
 
@@ -126,7 +126,7 @@ def _prepare(
         "K_TILE": config.k_tile,
     }
     grid = -(-problem.q_len // config.q_tile), problem.batch * problem.q_heads
-    return prepare(_KERNEL, grid, arguments, constants, warps=config.warps, stages=config.stages)
+    return bind(_KERNEL, grid, arguments, constants, warps=config.warps, stages=config.stages)
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
