@@ -83,9 +83,9 @@ def _heads(shape: Shape, kv_heads: int, batch: int, sms: int) -> int:
 
 
 def suits(problem: AttentionProblem) -> bool:
-    """Not where dense keys are read again by several blocks of query rows, and a kernel that reads them once, a
-    block a key head, fills the GPU too. µs on an H200 (`cuda_async`'s): 64 rows of 4k, 32/8 heads, 16 queries
-    975 (330), 4 queries 245 (244); 8 rows of 300, 8 queries 9.7 (14.0). Not measured over pages.
+    """Not where several blocks of query rows read dense keys again, and a kernel that reads them once, by a
+    block a key head, fills the GPU too. µs on an H200 (`cuda_async`'s): 64 rows of 4k, 32/8 heads, 16
+    queries 975 (330), 4 queries 245 (244); 8 rows of 300, 8 queries 9.7 (14.0). Not measured over pages.
     """
     row_blocks = -(-problem.group * problem.q_len // paged.tiles(problem).columns)
     return problem.paged or row_blocks == 1 or problem.batch * problem.kv_heads * row_blocks < _SMS
