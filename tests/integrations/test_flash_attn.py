@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +163,48 @@ def test_the_first_rows_of_several_caches() -> None:
         for row, n in enumerate(lengths.tolist()):
             expected = reference(q[row], k_cache[row, :n], v_cache[row, :n], True)
             torch.testing.assert_close(out[row], expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_calls_over_one_cache_have_their_own_lengths(mode: Any) -> None:
+    """They share a layout, whose lengths each call writes anew; threads do not share it."""
+    k_cache, v_cache = torch.randn(2, 3, 40, 2, 8)
+    wrong: list[str] = []
+
+    def decode() -> None:
+        k_own, v_own = k_cache.clone(), v_cache.clone()
+        with mode():
+            for _ in range(12):
+                q, k, v = torch.randn(3, 1, 4, 8), torch.randn(3, 1, 2, 8), torch.randn(3, 1, 2, 8)
+                lengths = torch.randint(0, 40, (3,)).int()
+                new = (k, v) if random.random() < 0.5 else (None, None)
+                out = fa.flash_attn_with_kvcache(q, k_own, v_own, *new, cache_seqlens=lengths, causal=True)
+                for row, n in enumerate(lengths.tolist()):
+                    end = n + (new[0] is not None)
+                    expected = reference(q[row], k_own[row, :end], v_own[row, :end], True)
+                    if not torch.allclose(out[row], expected, atol=2e-6, rtol=0):
+                        wrong.append(f"row {row} of length {end}")
+
+    decode()
+    threads = [threading.Thread(target=decode) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gradients_know_the_lengths_of_their_call() -> None:
+    k_cache, v_cache = torch.randn(2, 1, 20, 2, 8)
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    first = fa.flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=torch.tensor([7], dtype=torch.int32)
+    )
+    with torch.no_grad():
+        fa.flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=torch.tensor([19], dtype=torch.int32))
+    (found,) = torch.autograd.grad(first.sum(), q)
+    (wanted,) = torch.autograd.grad(reference(q[0], k_cache[0, :7], v_cache[0, :7], False).sum(), q)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_paged_cache() -> None:

@@ -17,7 +17,7 @@ import torch
 from strobe.attention.api import attention
 from strobe.attention.problem import Packed, Paged
 from strobe.errors import ProblemError
-from strobe.integrations import contiguous_cache
+from strobe.integrations import kvcache
 
 Tensor = torch.Tensor
 NO_WINDOW = (-1, -1)
@@ -144,7 +144,7 @@ def flash_attn_with_kvcache(
     if block_table is None:
         if cache_batch_idx is not None:
             _check_index("cache_batch_idx", cache_batch_idx, [batch], q.device, torch.int32, torch.int64)
-        k_cache, v_cache, table = contiguous_cache.pages(k_cache, v_cache, batch, cache_batch_idx)
+        k_cache, v_cache, table = kvcache.pages(k_cache, v_cache, batch, cache_batch_idx)
     else:
         table = block_table
         _check_index("block_table", table, [batch, "pages"], q.device, torch.int32)
@@ -167,8 +167,10 @@ def flash_attn_with_kvcache(
         slots = table.gather(1, at // page_size).long(), at % page_size
         k_cache[slots] = k.to(k_cache.dtype)
         v_cache[slots] = v.to(v_cache.dtype)
-    lens = before + new_len if new_len else before
-    layout = Paged(table, lens, max_q_len=q_len, max_kv_len=room)
+    if any(x.requires_grad for x in (q, k_cache, v_cache)):  # whose gradients read the lengths again
+        layout = Paged(table, before + new_len, max_q_len=q_len, max_kv_len=room)
+    else:
+        layout = kvcache.layout(table, before, new_len, q_len, room)
     return attention(
         _contiguous(q),
         k_cache,
