@@ -111,7 +111,7 @@ def test_a_first_difference_is_told_with_its_gap(
     def lying(self, prompt, output):
         found = honest(self, prompt, output)
         tokens = found.token_ids
-        return replace(found, token_ids=tuple(t ^ (i == 3) for i, t in enumerate(tokens)))
+        return replace(found, token_ids=tuple(abs(t - (i == 3)) for i, t in enumerate(tokens)))
 
     monkeypatch.setattr(engine_peers.Strobe, "one", lying)
     outcome = cli("verify", str(model_folder), "--device", "cpu", "--max-tokens", "6", "--json")
