@@ -65,7 +65,7 @@ def test_a_wrong_answer_is_told(bench: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
     def wrong(self: engine.Strobe, prompt: list[int], output: int) -> engine.Generation:
         found = honest(self, prompt, output)
-        return engine.Generation(tuple(token ^ 1 for token in found.token_ids), found.at_s)
+        return engine.Generation(tuple(abs(token - 1) for token in found.token_ids), found.at_s)
 
     monkeypatch.setattr(engine.Strobe, "one", wrong)
     outcome = bench(*LATENCY, "--vs", "transformers")
