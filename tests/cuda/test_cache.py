@@ -156,6 +156,25 @@ def test_eight_processes_at_once(folder: Path, source: Path) -> None:
     assert len(cache.entries()) == 3
 
 
+def test_the_oldest_go_where_all_take_too_much(
+    folder: Path, source: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for age, factor in enumerate((5, 4, 3, 2)):  # the last of them is the oldest
+        jit.compile(source, {"FACTOR": factor}, "sm_80")
+        (path,) = (each.path for each in cache.entries() if ("FACTOR", str(factor)) in each.defines)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    sizes = [each.size for each in cache.entries()]
+    monkeypatch.setattr(cache, "MOST_BYTES", 3 * max(sizes) + 1)
+    jit.compile(source, {"FACTOR": 6}, "sm_80")
+    forget(monkeypatch)
+    del compilations[:]
+    for factor in (6, 5, 4):
+        jit.compile(source, {"FACTOR": factor}, "sm_80")
+    assert not compilations
+    jit.compile(source, {"FACTOR": 3}, "sm_80")
+    assert compilations == ["twice.cu"]
+
+
 def test_clear_deletes_the_files(folder: Path, source: Path) -> None:
     jit.compile(source, {"FACTOR": 2}, "sm_80")
     (folder / "left-by-a-crash.tmp").write_bytes(b"half")

@@ -3,7 +3,8 @@
 A file is a SHA-256 of the rest, a line of JSON, the ELF. Writers write a file of their own and
 rename it, so readers and other processes see a whole file or none; one that fails its checksum is
 as good as absent. Where the folder cannot be written, cubins live as long as the process, and one
-warning says so.
+warning says so. What was written longest ago goes once all of them take more than MOST_BYTES: other
+versions' kernels, mostly.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from strobe import settings
 from strobe.cuda.cubin import Cubin
 
 SUFFIX = ".cubin"
+MOST_BYTES = 1 << 30
 _warned = False
 
 
@@ -65,6 +67,7 @@ def save(key: str, cubin: Cubin) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+        _prune()
     except OSError as error:
         if not _warned:
             _warned = True
@@ -74,6 +77,21 @@ def save(key: str, cubin: Cubin) -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _prune() -> None:
+    """Other processes may read, write and prune beside this one."""
+    found = []
+    for path in folder().glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append((stat.st_mtime, stat.st_size, path))
+    excess = sum(size for _, size, _ in found) - MOST_BYTES
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= size
 
 
 def entries() -> list[Entry]:
