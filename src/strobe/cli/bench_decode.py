@@ -78,7 +78,7 @@ def decode(
         roof = ceilings(where, dtype)
     else:
         chosen = shared.providers("decode", kernel, vs)
-        # of launches of 5 to 500 µs that is hundreds, in rounds
+        # 100 ms are hundreds of launches of 5 to 500 µs
         rows, roof = shared.measure(cases, chosen, dtype, where, kernel=kernel, budget_ms=100.0)
     if plot is not None:
         result = Result.here("decode", rows, commit=commit, ceilings=roof.as_dict())

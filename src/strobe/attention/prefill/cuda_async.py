@@ -165,16 +165,10 @@ def _float_sinks(problem: AttentionProblem) -> torch.Tensor | None:
     return None if problem.sinks is None else problem.sinks.float().contiguous()
 
 
-def _point(
-    params: _Params,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    params.q, params.k, params.v, params.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-    params.lse = None if lse is None else lse.data_ptr()
+def _point(params: _Params, *tensors: torch.Tensor | None) -> None:
+    """Take the addresses of q, k, v, out and lse."""
+    for name, tensor in zip(("q", "k", "v", "out", "lse"), tensors, strict=True):
+        setattr(params, name, None if tensor is None else tensor.data_ptr())
 
 
 def _packed(
