@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +18,9 @@ TOKENS = (1, 8, 64, 256, 512, 2048)
 """Of a call: decode batches, and a prompt's chunk."""
 _THETA = 500000.0
 _CACHES_BYTES = 192 << 20
-"""Calls rotate among sets of inputs that together outgrow any L2 cache."""
+"""Calls rotate among sets of tensors that together outgrow any L2 cache."""
+_IN_L2_BYTES = 16 << 20
+"""Inputs of up to this much are still in L2 when the projection that wrote them ends."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,19 @@ class _Way:
 
 def measure(shape: Case, tokens: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[Row]:
     """Rows for each number of tokens, of `shape`'s heads and pages, timed in turns: appended in turn, on a
-    GPU settled too, and the same queries, keys and values copied by torch as they are."""
+    GPU settled too, and the same queries, keys and values copied by torch as they are.
+
+    The cache always comes from memory. On a GPU the inputs stand in L2, as in a step, where the projection
+    has just written them, and, in rows of their own, in memory like the cache.
+    """
     frequencies = [_THETA ** (-2 * pair / shape.head_dim) for pair in range(shape.head_dim // 2)]
-    for count in tokens:
+    for count, inputs in itertools.product(tokens, ("l2", "memory") if device == "cuda" else ("memory",)):
         sets = [_draw(shape, count, dtype, device, frequencies)]
+        if inputs == "l2" and sets[0].qkv.nbytes > _IN_L2_BYTES:
+            continue
         while device == "cuda" and len(sets) < 24 and sum(each.moved for each in sets) < _CACHES_BYTES:
-            sets.append(_draw(shape, count, dtype, device, frequencies))
+            drawn = _draw(shape, count, dtype, device, frequencies)
+            sets.append(replace(drawn, qkv=sets[0].qkv) if inputs == "l2" else drawn)
         ways = _ways(sets[0], frequencies)
         right = [way.provider for way in ways if way.error <= way.error_allowed]
         clocks = [_clock(way, sets) for way in ways if way.provider in right]
@@ -81,6 +91,7 @@ def measure(shape: Case, tokens: Sequence[int], dtype: torch.dtype, device: str)
                 "case": {
                     "op": "append_rotated",
                     "tokens": count,
+                    "inputs": inputs,
                     "q_heads": shape.q_heads,
                     "kv_heads": shape.kv_heads,
                     "head_dim": shape.head_dim,

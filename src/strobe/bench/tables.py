@@ -13,7 +13,7 @@ def case_name(case: dict[str, Any], *, lengths: bool = True) -> str:
     heads = str(case["q_heads"])
     if "op" in case:
         shape = f"heads {heads}/{case['kv_heads']} x {case['head_dim']}, page {case['page_size']}"
-        return f"{case['op']}, {case['tokens']} tokens, {shape}"
+        return f"{case['tokens']} tokens, {shape}, inputs in {case.get('inputs', 'memory').replace('l2', 'L2')}"
     if case["kv_heads"] != case["q_heads"]:
         heads += f"/{case['kv_heads']}"
     parts = [f"batch {case['batch']}"]
