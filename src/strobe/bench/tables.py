@@ -12,8 +12,9 @@ def case_name(case: dict[str, Any], *, lengths: bool = True) -> str:
     """One line for a shape: "batch 4, 2048, heads 32/8 x 128, causal"; without its lengths for a sweep."""
     heads = str(case["q_heads"])
     if "op" in case:
-        shape = f"heads {heads}/{case['kv_heads']} x {case['head_dim']}, page {case['page_size']}"
-        return f"{case['tokens']} tokens, {shape}, inputs in {case.get('inputs', 'memory').replace('l2', 'L2')}"
+        inputs = {"l2": "L2"}.get(case.get("inputs", ""), "memory")
+        heads = f"heads {heads}/{case['kv_heads']} x {case['head_dim']}"
+        return f"{case['tokens']} tokens, {heads}, page {case['page_size']}, inputs in {inputs}"
     if case["kv_heads"] != case["q_heads"]:
         heads += f"/{case['kv_heads']}"
     parts = [f"batch {case['batch']}"]
