@@ -1,9 +1,10 @@
-"""Memory that lasts is taken on the default stream, whatever stream a call is on."""
+"""Memory that lasts is taken on the default stream, and by a thread whose allocations nobody redirects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import pytest
 import torch
@@ -35,10 +36,14 @@ def test_made_on_the_default_stream(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
     monkeypatch.setattr(torch.cuda, "stream", within)
 
+    threads = []
+
     def make() -> torch.Tensor:
+        threads.append(get_ident())
         log.append(f"made on {current[-1].name}")
         return torch.ones(3)
 
     assert lasting(make, 0).tolist() == [1, 1, 1]
     assert log == ["made on default", *([] if name == "default" else ["side waits for default"])]
     assert current[-1].name == name
+    assert (threads == [get_ident()]) is (name == "default")

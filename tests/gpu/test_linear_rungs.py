@@ -146,20 +146,6 @@ def test_a_chain_equals_its_steps(kernel: str, tokens: int) -> None:
             assert torch.equal(out, want)
 
 
-def test_skinny_on_a_second_gpu() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    torch.manual_seed(0)
-    first = around_a_product(1024, 512, torch.bfloat16, biased=True, normed=True, swiglu=False, device="cuda")
-    second = Projection(
-        *(x.to("cuda:1") for x in (first.weight, first.bias, first.norm) if x is not None), norm_eps=1e-5
-    )
-    x = torch.randn(3, 1024, device="cuda").bfloat16()
-    for _ in range(3):
-        here, there = first(x, kernel="cuda_skinny"), second(x.to("cuda:1"), kernel="cuda_skinny")
-        assert torch.equal(here.cpu(), there.cpu())
-
-
 def test_skinny_refuses_by_name() -> None:
     x, weight = torch.ones(17, 12, device="cuda"), torch.ones(4, 12, device="cuda")
     with pytest.raises(KernelRefusedError, match=r"float32.*17 tokens; supported: up to 16; inputs 12"):
