@@ -17,6 +17,8 @@
 //     Where works are short the first ones are taken against 0;
 //   - no branch by thread where a consumer runs on (arrive_if, store_if): else the compiler takes what is the same in all
 //     threads for each one's own, and moves q's descriptor to where a product wants it ahead of every product;
+//   - little between a softmax and the next turn: steps come in pairs, whose weights are not moved, and where works are
+//     short no step asks if it is the last;
 //   - no gap between works: the next one's first scores are issued with this one's last output, and stored under. Where
 //     works are short, what the output is divided by is worked out ahead of that turn;
 //   - longest works first, drawn late, heads in sections that fit L2;
@@ -26,7 +28,8 @@
 // Measured and dropped (docs/log.md): exp2 by polynomial, q in registers, key tiles above 128, four consumers, eviction
 // hints, a third stage, pairs of blocks that share keys, half diagonal tiles, stores under a work's second scores, key
 // tiles of 80 to 112 at head_dim 192 and 256, one body for all key tiles, first maxima of a quarter of the scores, one
-// body for weights and second tries, exponentials in batches of 16, results sent under the next second scores.
+// body for weights and second tries, exponentials in batches of 16, results sent under the next second scores, the first
+// tiles brought into L2 while the kernel ahead runs, the next tile's addresses ahead of the vote on a maximum.
 //
 // Defines: scalar_t (bf16, f16), HEAD_DIM, K_TILE (keys at a time), CONSUMERS, Q_STAGES, HAS_LEFT and HAS_RIGHT
 // (window limits), KEYLESS (a tile of queries may see no key), SOFTCAP, SINKS, PACKED_Q, PACKED_KV, PAGE_SIZE (0: not

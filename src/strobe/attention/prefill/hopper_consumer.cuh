@@ -85,39 +85,56 @@ struct Consumer : Results {
       if constexpr (!MASK_ALL) {
         if (HAS_LEFT)
           for (; n < keys.full_begin; ++n) step<true>(work, softmax, keys, n);
+        if (PAIRS)
+          for (; n + 1 < keys.full_end; n += 2) pair(work, softmax, keys, n);
         for (; n < keys.full_end; ++n) step<false>(work, softmax, keys, n);
       }
       for (; n < keys.end; ++n) step<true>(work, softmax, keys, n);
     } else {
       if (HAS_RIGHT)
         for (; n >= max(keys.begin, keys.full_end); --n) step<true>(work, softmax, keys, n);
-      for (; n >= (HAS_LEFT ? keys.full_begin : keys.begin); --n) step<false>(work, softmax, keys, n);
+      const int full_begin = HAS_LEFT ? keys.full_begin : keys.begin;
+      if (PAIRS)
+        for (; n - 1 >= full_begin; n -= 2) pair(work, softmax, keys, n);
+      for (; n >= full_begin; --n) step<false>(work, softmax, keys, n);
       if (HAS_LEFT)
         for (; n >= keys.begin; --n) step<true>(work, softmax, keys, n);
     }
-    if (keys.begin == keys.end - 1) leave_q();
+    if (LATE_Q) leave_q(), free_q();
+    else if (keys.begin == keys.end - 1) leave_q();
   }
 
-  // The scores of key tile n, and under them the output of the tile before.
+  __device__ __forceinline__ void pair(const Work& work, Softmax& softmax, const KeyTiles& keys, int n) {
+    weigh_tile<false, 0>(work, softmax, keys, n);
+    weigh_tile<false, 1>(work, softmax, keys, n + NEXT);
+  }
+
   template <bool MASKED>
   __device__ __forceinline__ void step(const Work& work, Softmax& softmax, const KeyTiles& keys, int n) {
-    take_turn();
-    if (n == last_of(keys)) leave_q();
+    weigh_tile<MASKED, 0>(work, softmax, keys, n);
+    take_weights();
+  }
+
+  // The scores of key tile n, and under them the output of the tile before, by the weights that are HELD.
+  template <bool MASKED, int HELD>
+  __device__ __forceinline__ void weigh_tile(const Work& work, Softmax& softmax, const KeyTiles& keys, int n) {
+    take_turn<HELD>();
+    if (!LATE_Q && n == last_of(keys)) leave_q();
     cap_scores();
     if (MASKED) mask_scores(work, n);
-    const bool raised = weigh<false>(softmax);
-    wait_for_out();
-    if (raised) {
+    weigh<false, HELD>(softmax, [&] {
+      if constexpr (OVERLAP) wgmma_wait<0>();
+      pin(out);
 #pragma unroll
       for (int j = 0; j < HEAD_DIM / 2; ++j) out[j] *= softmax.factor[j / 2 % 2];
-    }
-    take_weights();
-    if (BULK_STORE && n == first_of(keys) + NEXT) free_q();
+    });
+    wait_for_out();
+    if (BULK_STORE && !LATE_Q && n == first_of(keys) + NEXT) free_q();
   }
 
   // The next work's first scores, and under them the last output of this one.
   __device__ __forceinline__ void turn_over(const Work& work, Softmax& softmax, const Work& coming) {
-    if (BULK_STORE && work.keys_of(consumer).begin == work.keys_of(consumer).end - 1) free_q();
+    if (BULK_STORE && !LATE_Q && work.keys_of(consumer).begin == work.keys_of(consumer).end - 1) free_q();
     if (OWN_KEYS) pass_keys(work);
     if (SHORT_WORKS) settle(work, softmax);
     s.q_full[q_ring.stage][consumer].wait(q_ring.parity);
@@ -157,13 +174,12 @@ struct Consumer : Results {
     cap_scores();
     const int n = first_of(keys);
     if (n < keys.full_begin || n >= keys.full_end) mask_scores(work, n);
-    weigh<true>(softmax);
+    weigh<true, 0>(softmax, [] {});
   }
 
-  template <bool FIRST>
-  __device__ __forceinline__ bool weigh(Softmax& softmax) {
-    if constexpr (OVERLAP) return softmax.weigh<FIRST>(scores, coming_weights);
-    else return softmax.weigh<FIRST>(scores, weights);
+  template <bool FIRST, int HELD, class ScaleOut>
+  __device__ __forceinline__ void weigh(Softmax& softmax, ScaleOut scale_out) {
+    softmax.weigh<FIRST>(scores, weights[OVERLAP ? 1 - HELD : 0], scale_out);
   }
 
   // `zero` is 0, but the compiler cannot know: it would let both arrays share registers, and then would have to
@@ -171,7 +187,7 @@ struct Consumer : Results {
   __device__ __forceinline__ void take_weights() {
     if constexpr (OVERLAP) {
 #pragma unroll
-      for (int i = 0; i < K_TILE / 4; ++i) weights[i] = coming_weights[i] ^ u32(p.zero);
+      for (int i = 0; i < K_TILE / 4; ++i) weights[0][i] = weights[1][i] ^ u32(p.zero);
     }
   }
 

@@ -20,21 +20,21 @@ struct Products {
   Ring<WORKS> work_ring;
 
   float scores[K_TILE / 2] = {};
-  u32 weights[K_TILE / 4] = {};
-  u32 coming_weights[OVERLAP ? K_TILE / 4 : 1] = {};  // while the products still read `weights`
+  u32 weights[OVERLAP ? 2 : 1][K_TILE / 4] = {};  // while products still read one, the next step's go to the other
   float out[HEAD_DIM / 2] = {};
   int v_rows = 0;  // of the next values that are the row's own
 
   __device__ __forceinline__ Products(const Params& p, Shared& s) : p(p), s(s) {}
 
   // Issue the next key tile's scores and this one's output when it is this consumer's turn, and wait for the scores.
+  template <int HELD = 0>
   __device__ __forceinline__ void take_turn() {
     s.k_full[k_ring.stage].wait(k_ring.parity);
     if (CONSUMERS > 1) named_sync<256>(1 + consumer);
     pin(scores);
     pin(out);
     issue_scores();
-    issue_out();
+    issue_out<HELD>();
     end_turn();
     wgmma_wait<OVERLAP ? 1 : 0>();
     scores_done();
@@ -60,6 +60,7 @@ struct Products {
   }
 
   // out += weights v
+  template <int HELD = 0>
   __device__ __forceinline__ void issue_out() {
     s.v_full[v_ring.stage].wait(v_ring.parity);
     if (FOREIGN_ROWS && v_rows < K_TILE) clear_foreign_values();
@@ -67,7 +68,8 @@ struct Products {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_TILE / 16; ++step) {
-      const u32 a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
+      const u32(&w)[K_TILE / 4] = weights[HELD];
+      const u32 a[4] = {w[4 * step], w[4 * step + 1], w[4 * step + 2], w[4 * step + 3]};
       Wgmma<scalar_t, HEAD_DIM>::rs(out, a, b + (v_row(step * 16) * 2 >> 4));
     }
     wgmma_commit();

@@ -111,9 +111,9 @@ struct Results : Outgoing<BULK_STORE>, Products {
 
   // The last results have left the place of a q, which is free again.
   __device__ __forceinline__ void free_q() {
-    if (q_stage >= 0 && threadIdx.x % 128 == 0) {
+    if (q_stage >= 0) {
       bulk_wait_read();
-      s.q_empty[q_stage][consumer].arrive();
+      s.q_empty[q_stage][consumer].arrive_if(threadIdx.x % 128 == 0);
     }
   }
 };

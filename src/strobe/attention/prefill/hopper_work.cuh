@@ -37,6 +37,11 @@ constexpr bool OVERLAP = CONSUMERS < 3;  // a softmax also runs under its own co
 // Two consumers that store in bulk work on rows of few key tiles. What a consumer does when it changes works is not
 // hidden, since the other one does the same then: there it does less, by more code.
 constexpr bool SHORT_WORKS = BULK_STORE && OVERLAP;
+// Steps come in pairs: the second one's products read weights where the first has left them, and none are moved. At
+// head_dim 192 and 256 there are no registers for both.
+constexpr bool PAIRS = OVERLAP && HEAD_DIM <= 128;
+// With a third tile of q it is early enough to give q back after a work's last step: no step asks if it is that one.
+constexpr bool LATE_Q = BULK_STORE && Q_STAGES > 2;
 template <class T>
 constexpr bool WIDE_RANGE = false;
 template <>
