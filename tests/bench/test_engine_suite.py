@@ -108,7 +108,7 @@ def test_what_determinism_costs_stands_beside_the_rows_without_it() -> None:
     exact = measure(options={"deterministic": True})
     assert {row["provider"] for row in exact} == {"strobe, deterministic"}
     both = engine_suite.merged(Result("engine", rows), exact)
-    assert both == [*rows, *exact]
+    assert both == [*({"commit": "", **row} for row in rows), *exact]
     assert "| strobe, deterministic |" in engine_tables.table(both)
 
 
@@ -210,8 +210,11 @@ def test_an_earlier_files_other_rows_are_kept() -> None:
     rows = measure(cases=CASES[:1])
     other = {**rows[0], "case": {**rows[0]["case"], "model": "llama3-8b"}}
     stale, peer = {**rows[0], "tok_s": 0.0}, {**rows[0], "provider": "vllm"}
-    before = Result.here("engine", [other, stale, peer])
-    assert engine_suite.merged(before, rows) == [peer, rows[0], other]
+    before = Result.here("engine", [other, stale, {"commit": "older", **peer}], commit="old")
+    kept = {"commit": "older", **peer}, {"commit": "old", **other}
+    merged = engine_suite.merged(before, rows)
+    assert merged == [kept[0], rows[0], kept[1]]
+    assert Result.here("engine", merged, commit="new").commits == "new and older and old"
     assert engine_suite.merged(None, rows) == rows
 
 

@@ -48,7 +48,7 @@ def render(text: str, root: Path) -> str:
 def _origin(result: Result) -> str:
     device = result.machine.get("gpu") or result.machine.get("cpu", "")
     torch = result.versions.get("torch", "")
-    return f"*{device}, torch {torch}, strobe {result.commit}, {result.when[:10]}.*"
+    return f"*{device}, torch {torch}, strobe {result.commits}, {result.when[:10]}.*"
 
 
 FIGURES: dict[str, tuple[Callable[[Result], bool], Callable[[Result, Path], None]]] = {

@@ -40,9 +40,16 @@ def against_floor(result: Result, path: Path) -> None:
         handles.update(
             {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         )
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        title="on the bars: output tokens a second",
+        title_fontsize=8,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=8,
+    )
     figure.suptitle(title := plots.title_of(result), fontsize=9)
-    figure.supxlabel("on the bars: output tokens a second", fontsize=8)
     plots.write(figure, path, title)
 
 

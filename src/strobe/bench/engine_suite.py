@@ -154,11 +154,18 @@ def _chosen(config: EngineConfig) -> dict[str, Any]:
 
 
 def merged(before: Result | None, rows: Sequence[Row]) -> list[Row]:
-    """`rows`, with those of an earlier file that are of other models, or of engines that did not run now."""
+    """`rows`, with those of an earlier file that are of other models, or of engines that did not run now.
+
+    Those say from which commit they are.
+    """
     if before is None:
         return list(rows)
     here = {(row["case"]["model"], row["provider"]) for row in rows}
-    kept = [row for row in before.rows if (row["case"]["model"], row["provider"]) not in here]
+    kept = [
+        {"commit": before.commit, **row}
+        for row in before.rows
+        if (row["case"]["model"], row["provider"]) not in here
+    ]
     order = {model: index for index, model in enumerate(STANDARD)}
     return sorted([*kept, *rows], key=lambda row: order.get(row["case"]["model"], len(order)))
 

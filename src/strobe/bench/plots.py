@@ -121,7 +121,7 @@ def title_of(result: Result) -> str:
     """Names the result that a figure is drawn from."""
     machine = result.machine.get("gpu") or result.machine["cpu"]
     dtype = result.machine["ceilings"]["dtype"]
-    return f"{machine}, {dtype}; strobe {result.commit}, {result.when[:10]}"
+    return f"{machine}, {dtype}; strobe {result.commits}, {result.when[:10]}"
 
 
 def roofline(result: Result, path: Path) -> None:

@@ -64,6 +64,13 @@ class Result:
             datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
 
+    @property
+    def commits(self) -> str:
+        """The commit, and those of rows that say they are another's."""
+        return " and ".join(
+            dict.fromkeys([self.commit, *(row.get("commit", self.commit) for row in self.rows)])
+        )
+
     def save(self, path: Path) -> None:
         """Write the file whole, or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)

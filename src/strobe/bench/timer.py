@@ -166,8 +166,8 @@ def clock(call: Callable[[], object], device: str) -> Clock:
 def in_turns(clocks: Sequence[Clock], *, budget_ms: float = 200.0, most: int = 1000) -> list[Timing]:
     """Time several clocks in shuffled rounds, about `budget_ms` each and at least a run.
 
-    Rounds are short, so that all meet the same clocks of the GPU: by 5 rounds of 40 ms what a kernel takes for
-    each ms of another came out up to 14 % apart in two runs on an H200.
+    Rounds are short, so that all meet the same clocks of the GPU: by 5 rounds of 40 ms what a kernel takes
+    for each ms of another came out up to 14 % apart in two runs on an H200.
     """
     times: list[list[float]] = [[] for _ in clocks]
     plans = [_rounds_and_runs(each, budget_ms, most) for each in clocks]

@@ -109,11 +109,17 @@ struct Results : Outgoing<BULK_STORE>, Products {
     }
   }
 
-  // The last results have left the place of a q, which is free again.
+  // The last results have left the place of a q, which is free again. Only who sent them has to wait; at LATE_Q all do,
+  // which saves a branch by thread.
   __device__ __forceinline__ void free_q() {
-    if (q_stage >= 0) {
+    if constexpr (LATE_Q) {
+      if (q_stage >= 0) {
+        bulk_wait_read();
+        s.q_empty[q_stage][consumer].arrive_if(threadIdx.x % 128 == 0);
+      }
+    } else if (q_stage >= 0 && threadIdx.x % 128 == 0) {
       bulk_wait_read();
-      s.q_empty[q_stage][consumer].arrive_if(threadIdx.x % 128 == 0);
+      s.q_empty[q_stage][consumer].arrive();
     }
   }
 };

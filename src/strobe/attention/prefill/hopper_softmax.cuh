@@ -17,9 +17,10 @@ struct Softmax {
     for (int half = 0; half < 2; ++half) shift[half] = NEG_INF, sum[half] = 0.f;
   }
 
-  // Weights of the scores, packed. Where the shift is raised, `scale_out` has out multiplied by `factor`.
+  // Weights of the scores, packed; true where the shift was raised, so that out must be scaled by `factor`, if not by
+  // `scale_out`.
   template <bool FIRST, int N, class ScaleOut>
-  __device__ __forceinline__ void weigh(const float (&scores)[N], u32 (&weights)[N / 2], ScaleOut scale_out) {
+  __device__ __forceinline__ bool weigh(const float (&scores)[N], u32 (&weights)[N / 2], ScaleOut scale_out) {
     // Of a thread's weights: each is then far within f16, which ends at 65504, or within bf16 as it is.
     constexpr float MOST = FROM_ZERO ? 0x1p32f : 0x1p12f, LEAST = 0x1p-32f;
     float added[2];
@@ -40,6 +41,7 @@ struct Softmax {
       scale_out();
     }
     sum[0] += added[0], sum[1] += added[1];
+    return raised;
   }
 
   template <int N>
