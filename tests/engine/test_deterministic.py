@@ -8,13 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from strobe.checkpoints.load import load
+from strobe.cpu import jit
 from strobe.engine.config import EngineConfig
+from strobe.engine.deterministic import decode_kernels
 from strobe.engine.engine import Engine
 from strobe.engine.request import Request
 from strobe.engine.sampling_params import SamplingParams
 from strobe.errors import OutOfPagesError, SettingsError
 from strobe.linear import Projection
+from strobe.linear.projection import empty_weight
 
+needs_numba = pytest.mark.skipif(bool(jit.refusals()), reason="numba is not installed")
 CONFIG = EngineConfig(
     deterministic=True, kv_cache_pages=80, page_size=4, max_num_seqs=12, max_num_batched_tokens=24
 )
@@ -33,8 +38,8 @@ def told(request: Request) -> list[tuple]:
     return [(output.token_ids, output.logprobs) for output in request.output().outputs]
 
 
-def alone(checkpoint, request: Request) -> list[tuple]:
-    engine = Engine(checkpoint.model, None, CONFIG)
+def alone(model, request: Request) -> list[tuple]:
+    engine = Engine(model, None, CONFIG)
     again = Request("alone", request.prompt_token_ids, request.params)
     engine.add(again)
     while engine.has_work:
@@ -42,11 +47,17 @@ def alone(checkpoint, request: Request) -> list[tuple]:
     return told(again)
 
 
+@pytest.fixture(params=["wide", pytest.param("narrow", marks=needs_numba)])
+def model(request):
+    """Weights that bfloat16 does not hold, and those that it does, which other kernels multiply by."""
+    return request.getfixturevalue("checkpoint").model if request.param == "wide" else load(None).model
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_request_has_the_bits_that_it_has_alone(checkpoint, seed, overlap):
+def test_a_request_has_the_bits_that_it_has_alone(model, seed, overlap):
     rng = random.Random(seed)
-    engine = Engine(checkpoint.model, None, replace(CONFIG, overlap=overlap))
+    engine = Engine(model, None, replace(CONFIG, overlap=overlap))
     requests = [random_request(rng, str(index)) for index in range(16)]
     left = requests[:]
     largest = 0
@@ -61,7 +72,14 @@ def test_a_request_has_the_bits_that_it_has_alone(checkpoint, seed, overlap):
     assert engine.stats().preemptions == 0
     assert engine.stats().used_pages == 0
     for request in requests:
-        assert told(request) == alone(checkpoint, request)
+        assert told(request) == alone(model, request)
+
+
+@needs_numba
+def test_kernels_are_those_whose_sums_hang_on_their_row_alone(checkpoint):
+    assert decode_kernels(load(None).model) == ("decode/numba_paged", "numba_tiled")
+    assert decode_kernels(checkpoint.model) == ("decode/numba_paged", "batch_invariant")
+    assert decode_kernels(load(None, dtype="bfloat16").model) == ("prefill/torch_naive", "batch_invariant")
 
 
 def test_without_it_bits_do_hang_on_company(checkpoint):
@@ -73,7 +91,7 @@ def test_without_it_bits_do_hang_on_company(checkpoint):
         engine.add(request)
     while engine.has_work:
         engine.step()
-    assert any(told(request) != alone(checkpoint, request) for request in requests)
+    assert any(told(request) != alone(checkpoint.model, request) for request in requests)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -87,6 +105,21 @@ def test_a_tokens_product_has_the_same_bits_in_any_batch(inputs, outputs, biased
         assert torch.equal(projection(x[rows], kernel="batch_invariant"), whole[rows])
     oracle = x.double() @ projection.weight.double().t() + (0 if bias is None else bias)
     torch.testing.assert_close(whole, oracle.float(), rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 96), (333, 78), (256, 1000)])
+def test_a_tokens_tiled_product_has_the_same_bits_in_any_batch(inputs, outputs, swiglu):
+    weight = empty_weight(outputs, inputs, device="cpu", dtype=torch.float32)
+    weight.copy_(torch.randn(outputs, inputs).bfloat16())
+    around = {"bias": torch.randn(outputs), "norm": torch.rand(inputs), "norm_eps": 1e-5, "swiglu": swiglu}
+    projection = Projection(weight, **around)
+    x = torch.randn(37, inputs)
+    residual = torch.randn(37, outputs // 2 if swiglu else outputs)
+    whole = projection(x, residual.clone(), kernel="numba_tiled")
+    for rows in (torch.randperm(37)[:count] for count in (1, 2, 3, 7, 8, 15, 16, 33, 37)):
+        assert torch.equal(projection(x[rows], residual[rows], kernel="numba_tiled"), whole[rows])
 
 
 def test_a_request_waits_until_it_can_stay(checkpoint):

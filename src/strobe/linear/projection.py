@@ -154,6 +154,10 @@ class Projection:
             return self.source(tokens, residual=residual, kernel=kernel)
         return rung.source(run)
 
+    def problem(self, tokens: int) -> LinearProblem:
+        """What a call with so many tokens asks of a rung."""
+        return replace(self._kind.problem, tokens=tokens)
+
     @cached_property
     def _kind(self) -> _Kind:
         """Its sizes and kinds, checked; the same object for every projection that is alike."""
