@@ -187,7 +187,7 @@ def _rounds_and_runs(each: Clock, budget_ms: float, most: int) -> tuple[int, int
     began = time.perf_counter()
     (once_ms,) = each.times(1)
     took_ms = (time.perf_counter() - began) * 1e3
-    rounds = max(1, min(ROUNDS, int(budget_ms / took_ms)))
+    rounds = max(1, min(ROUNDS, int(budget_ms / max(took_ms, 1e-6))))
     return rounds, max(1, min(most, int(budget_ms / max(once_ms, 1e-6))) // rounds)
 
 

@@ -15,16 +15,11 @@ Bits hang on company in four ways, and each is shut off:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
-from typing import Any
-
 import torch
 
 from strobe.cpu import jit
-from strobe.linear import Projection
 from strobe.linear import ladder as linear_ladder
-from strobe.models.network import Model
+from strobe.models.network import Model, projections
 
 LINEAR, CPU_LINEAR = "batch_invariant", "numba_tiled"
 GPU_ATTENTION = "prefill/cuda_async"
@@ -41,14 +36,7 @@ def decode_kernels(model: Model) -> tuple[str, str]:
     if model.device.type != "cpu" or model.dtype != torch.float32 or jit.refusals():
         return CPU_ATTENTION, LINEAR
     tiled = linear_ladder.RUNGS[CPU_LINEAR]
-    fits = all(not tiled.refusals(each.problem(_ANY_TOKENS)) for each in _projections(model.weights))
-    return NUMBA_ATTENTION, CPU_LINEAR if fits else LINEAR
-
-
-def _projections(weights: Any) -> Iterator[Projection]:
-    """All of a network's."""
-    for layer in (weights, *weights.layers):
-        for field in fields(layer):
-            each = getattr(layer, field.name)
-            if isinstance(each, Projection):
-                yield each
+    for part in (model.weights, *model.weights.layers):
+        if any(tiled.refusals(each.problem(_ANY_TOKENS)) for _, each in projections(part)):
+            return NUMBA_ATTENTION, LINEAR
+    return NUMBA_ATTENTION, CPU_LINEAR

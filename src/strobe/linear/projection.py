@@ -148,7 +148,7 @@ class Projection:
         self, tokens: int, *, residual: bool, append: Append | None = None, kernel: str = "auto"
     ) -> Any:
         """What a call of so many tokens compiles, as `ladder.Rung.source`; errors as `ladder.choose`."""
-        problem = replace(self._kind.problem, tokens=tokens, residual=residual, append=append)
+        problem = replace(self.problem(tokens), residual=residual, append=append)
         rung, run = ladder.choose(problem, kernel)
         if append is not None and run != problem:
             return self.source(tokens, residual=residual, kernel=kernel)

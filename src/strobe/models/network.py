@@ -53,13 +53,19 @@ def products(model: Model) -> list[tuple[Projection, bool, Append | None]]:
     if isinstance(model, Llama):
         dtype = str(model.dtype).removeprefix("torch.")
         heads = Append(c.q_heads, c.kv_heads, c.head_dim, dtype, head_norms=c.qk_norm)
-    named = ((field.name, getattr(layer, field.name)) for field in fields(layer))
     found = [
         (each, name in ("output", "down"), heads if name == "qkv" else None)
-        for name, each in named
-        if isinstance(each, Projection)
+        for name, each in projections(layer)
     ]
     return [*found, (model.weights.head, False, None)]
+
+
+def projections(weights: Any) -> Iterator[tuple[str, Projection]]:
+    """Those that a layer, or a network beside its layers, holds, by name."""
+    for field in fields(weights):
+        each = getattr(weights, field.name)
+        if isinstance(each, Projection):
+            yield field.name, each
 
 
 def decode_attention(model: Model, rows: int, kv_len: int, page_size: int) -> AttentionProblem:
