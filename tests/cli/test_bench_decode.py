@@ -80,6 +80,7 @@ def test_nothing_that_runs_is_told(cli: Cli) -> None:
         (("--vs", "fa9"), "unknown peer 'fa9'"),
         (("--plot", "x.gif"), "unknown figure format"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
+        (("--suite", "append", "--page-size", "0"), "supported: pages"),
     ],
     ids=" ".join,
 )

@@ -67,6 +67,8 @@ def decode(
     shape = decode_shape(batch, 1, heads, kv_heads or heads, head_dim, page_size)
     if suite is not None and suite not in (*bench.SUITES, "append"):
         raise UnknownNameError.among("suite", suite, [*bench.SUITES, "append"])
+    if suite == "append" and shape.layout == "dense":
+        raise StrobeError("--suite append with --page-size 0; supported: pages")
     asked = () if suite is not None else _cases(shape, batch, context, mixed, q_len, float8)
     cases = bench.SUITES.get(suite, ()) if suite is not None else asked
     where, dtype = shared.target(device, dtype)
